@@ -1,0 +1,275 @@
+"""The extension points. Implement one of these in one file, name it in one yaml.
+
+A component's constructor is its config schema: the yaml lists exactly the constructor's fields.
+Members that a frozen dataclass satisfies are declared as properties: to a type checker a plain
+annotation would mean "mutable".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from otcrl.types import Batch, Forward, Metrics, Outcome, Problem, Reward, Scores, Targets, TokenLoss, Trajectory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# -- tasks --------------------------------------------------------------------------------------
+
+
+class Task(Protocol):
+    """Where problems come from, and when an attempt at one is right."""
+
+    def sample(self, step: int, count: int) -> list[Problem]:
+        """The `count` training problems of `step`; same step, same problems."""
+        ...
+
+    def held_out(self) -> list[Problem]:
+        """Every evaluation problem, in a fixed order."""
+        ...
+
+    def correct(self, answer: str, problem: Problem) -> float:
+        """1.0 if the answer is right, 0.0 if not; in between only for partial credit."""
+        ...
+
+    def demonstrations(self, step: int, count: int, dialect: Dialect) -> list[Demo]:
+        """The SFT examples of `step`; same step, same examples. Raises ConfigError if the task has none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a demonstration; only actions are trained on."""
+
+    text: str
+    is_action: bool
+
+
+Demo = Sequence[Segment]
+
+
+# -- how the policy writes and reads -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The policy asks for a tool."""
+
+    tool: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The policy gives its final answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """The policy tried and got the form wrong; `why` is shown to it as an observation."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Nothing:
+    """Neither a call nor an answer, nor an attempt at one."""
+
+
+Action = Call | Answer | Malformed | Nothing
+
+
+class Dialect(Protocol):
+    """How the policy writes a call or an answer, and how it is shown a result.
+
+    `prompt`, `observation`, `write_call`, `write_answer` make text; `parse` and `violations` read it.
+    Reading never changes tokens: a tag that ends inside a token leaves the whole token in place.
+    """
+
+    @property
+    def stop(self) -> Sequence[str]:
+        """Strings that end a completion, as the engine should watch for them."""
+        ...
+
+    def prompt(self, problem: Problem, tools: Mapping[str, Tool]) -> str:
+        """The text (or the user message, with a chat template) that opens a trajectory."""
+        ...
+
+    def parse(self, text: str, tools: Mapping[str, Tool]) -> Action:
+        """What one completion asks for; `text` is sampled text only."""
+        ...
+
+    def observation(self, result: str) -> str:
+        """The injected text that carries a tool's result, tags and white space included."""
+        ...
+
+    def violations(self, sampled_turns: Sequence[str]) -> tuple[str, ...]:
+        """Format rules that a trajectory's sampled turns break; empty when well-formed."""
+        ...
+
+    def write_call(self, tool: str, arguments: str) -> str: ...
+
+    def write_answer(self, text: str) -> str: ...
+
+    def open_call(self, tool: str) -> str:
+        """The text that opens a call, for evaluation with a call forced; `write_call` starts with it."""
+        ...
+
+    def open_answer(self) -> str:
+        """The text that opens an answer, for evaluation with tools off; `write_answer` starts with it."""
+        ...
+
+
+class Tokenizer(Protocol):
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` as it stands: no special tokens are added, those written in it are recognised."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens kept, no clean-up of spaces."""
+        ...
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Ids that open a trajectory: the chat template (or the start token) is applied here."""
+        ...
+
+    @property
+    def pad_id(self) -> int: ...
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end a completion (end of text, end of turn)."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+# -- tools -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    text: str  # what the policy is shown; never empty
+    outcome: Outcome = Outcome.OK  # OK or MODEL_ERROR
+    cached: bool = False
+    price: float = 0.0
+
+
+class Tool(Protocol):
+    """Something the policy can call. `name` is what the dialect writes."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def description(self) -> str:
+        """One sentence for the prompt: what it does and what to write in it."""
+        ...
+
+    async def run(self, arguments: str) -> ToolResult:
+        """The result of one call. Raises ToolUnavailable when the tool itself is down, after retries."""
+        ...
+
+    async def close(self) -> None:
+        """Free processes and files; called once."""
+        ...
+
+
+# -- rewards and algorithms -----------------------------------------------------------------------
+
+
+class RewardFn(Protocol):
+    """Scores whole groups, so a reward may compare siblings. Void trajectories are not among them."""
+
+    def __call__(self, trajectories_PG: Sequence[Sequence[Trajectory]]) -> list[list[Reward]]: ...
+
+    def state_dict(self) -> dict[str, int]:
+        """What must survive a restart (the table of n); {} when stateless."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None: ...
+
+
+class Algorithm(Protocol):
+    """Two pure functions: what to move towards, and the per-token loss that does it."""
+
+    @property
+    def needs_critic(self) -> bool: ...
+
+    @property
+    def needs_reference(self) -> bool: ...
+
+    @property
+    def weighting(self) -> str:
+        """How tokens are averaged into one loss: a key of `functional.token_weights`."""
+        ...
+
+    @property
+    def only_advantages_matter(self) -> bool:
+        """True when a row whose advantages are all 0 adds nothing to the gradient, so it may be left out."""
+        ...
+
+    def targets(self, batch: Batch, scores: Scores) -> Targets: ...
+
+    def token_loss(self, new: Forward, batch: Batch, scores: Scores, targets: Targets) -> TokenLoss: ...
+
+
+# -- engines and loggers ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    token_ids: list[int]  # [L] as sampled; the token that completed a stop string is whole
+    logprobs: list[float]  # [L] nats, of the distribution that was sampled from (after temperature)
+    versions: list[int]  # [L] weights that sampled each token
+    finished: bool  # True: a stop string or stop token ended it; False: max_tokens did
+
+
+class Engine(Protocol):
+    """Turns token ids into more token ids."""
+
+    @property
+    def version(self) -> int: ...
+
+    @property
+    def context(self) -> int:
+        """Most tokens a trajectory may hold."""
+        ...
+
+    async def generate(
+        self,
+        token_ids: Sequence[int],
+        *,
+        stop: Sequence[str],
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        session: str,
+    ) -> Completion:
+        """Continue `token_ids` by at most `max_tokens` sampled ids (temperature 0: the likeliest).
+
+        The draw at a position depends on (seed, position) alone, never on what else is running.
+        Calls of one `session` extend each other's tokens, so its cache is kept until `release`.
+        Raises EngineError when generation fails.
+        """
+        ...
+
+    def release(self, session: str) -> None:
+        """The trajectory is over; its cache may go."""
+        ...
+
+    async def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class Logger(Protocol):
+    def log(self, metrics: Metrics, step: int) -> None: ...
+
+    def close(self) -> None: ...
