@@ -48,7 +48,7 @@ class Segment:
     is_action: bool
 
 
-Demo = Sequence[Segment]
+Demo = Sequence[Segment]  # the first segment is the prompt: `Tokenizer.prompt_ids` opens it, as in a rollout
 
 
 # -- how the policy writes and reads -------------------------------------------------------------
@@ -92,8 +92,12 @@ class Dialect(Protocol):
     """
 
     @property
-    def stop(self) -> Sequence[str]:
-        """Strings that end a completion, as the engine should watch for them."""
+    def ends_with_stop_token(self) -> bool:
+        """True when an answer is over only at the end-of-text token, so demonstrations must show it."""
+        ...
+
+    def stop(self, tools: Mapping[str, Tool]) -> Sequence[str]:
+        """Strings that end a completion, for the engine to watch for."""
         ...
 
     def prompt(self, problem: Problem, tools: Mapping[str, Tool]) -> str:
@@ -108,7 +112,7 @@ class Dialect(Protocol):
         """The injected text that carries a tool's result, tags and white space included."""
         ...
 
-    def violations(self, sampled_turns: Sequence[str]) -> tuple[str, ...]:
+    def violations(self, sampled_turns: Sequence[str], tools: Mapping[str, Tool]) -> tuple[str, ...]:
         """Format rules that a trajectory's sampled turns break; empty when well-formed."""
         ...
 
@@ -127,7 +131,10 @@ class Dialect(Protocol):
 
 class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` as it stands: no special tokens are added, those written in it are recognised."""
+        """Ids of `text` as plain text: control tokens are neither added nor recognised in it.
+
+        A passage that spells out an end-of-turn token must not end the policy's turn.
+        """
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -213,6 +220,11 @@ class Algorithm(Protocol):
     @property
     def only_advantages_matter(self) -> bool:
         """True when a row whose advantages are all 0 adds nothing to the gradient, so it may be left out."""
+        ...
+
+    @property
+    def trains_entropy(self) -> bool:
+        """True when the loss holds an entropy term; otherwise entropy is only measured."""
         ...
 
     def targets(self, batch: Batch, scores: Scores) -> Targets: ...

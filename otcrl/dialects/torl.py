@@ -1,0 +1,85 @@
+r"""ToRL's notebook style (arXiv:2503.23383): ```python blocks, ```output blocks, \boxed{answer}.
+
+The policy writes a code block and then opens an output block itself; that opening is the stop string,
+so it is a sampled token, and the injected text is the output and the closing fence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from otcrl.protocols import Action, Answer, Call, Malformed, Nothing, Tool
+from otcrl.types import Problem
+
+BLOCK = re.compile(r"```(\w+)[^\S\n]*\n(.*?)\n?```", re.DOTALL)
+OUTPUT = "```output"
+BOXED = "\\boxed{"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToRL:
+    instructions: str  # holds {question}
+
+    @property
+    def ends_with_stop_token(self) -> bool:
+        return True
+
+    def stop(self, tools: Mapping[str, Tool]) -> Sequence[str]:
+        return [OUTPUT] if tools else []
+
+    def prompt(self, problem: Problem, tools: Mapping[str, Tool]) -> str:
+        return self.instructions.replace("{question}", problem.question)
+
+    def parse(self, text: str, tools: Mapping[str, Tool]) -> Action:
+        """A turn that opens an output block runs its last code block; any other turn is final."""
+        at = text.find(OUTPUT)
+        if at >= 0:
+            blocks = BLOCK.findall(text[:at])
+            if not blocks:
+                return Malformed("No complete code block stands before the output block.")
+            language, code = blocks[-1]
+            if language not in tools:
+                return Malformed(f"{language!r} cannot be run. Write one of: {', '.join(tools) or 'none'}.")
+            return Call(language, code)
+        answers = boxed(text)
+        return Answer(answers[-1]) if answers else Nothing()
+
+    def observation(self, result: str) -> str:
+        return f"\n{result}\n```\n"
+
+    def violations(self, sampled_turns: Sequence[str], tools: Mapping[str, Tool]) -> tuple[str, ...]:
+        found: list[str] = []
+        answers = [answer for turn in sampled_turns for answer in boxed(turn)]
+        if len(set(answers)) > 1:
+            found.append(f"{len(answers)} different answers")
+        if sampled_turns and sampled_turns[-1].count("```") % 2 and OUTPUT not in sampled_turns[-1]:
+            found.append("a code block was opened and never closed")
+        return tuple(found)
+
+    def write_call(self, tool: str, arguments: str) -> str:
+        return f"{self.open_call(tool)}{arguments}\n```\n{OUTPUT}"
+
+    def write_answer(self, text: str) -> str:
+        return f"{self.open_answer()}{text}}}"
+
+    def open_call(self, tool: str) -> str:
+        return f"```{tool}\n"
+
+    def open_answer(self) -> str:
+        return BOXED
+
+
+def boxed(text: str) -> list[str]:
+    r"""The contents of every complete `\boxed{...}` in order; braces inside must balance."""
+    found, at = [], text.find(BOXED)
+    while at >= 0:
+        start, depth, i = at + len(BOXED), 1, at + len(BOXED)
+        while i < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            i += 1
+        if depth == 0:
+            found.append(text[start : i - 1].strip())
+        at = text.find(BOXED, i)
+    return found

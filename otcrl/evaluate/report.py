@@ -1,0 +1,192 @@
+"""An evaluation as a table for people and as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from otcrl.errors import DataError
+from otcrl.evaluate.metrics import Correct, Estimate, Summary, by_source, summarize
+from otcrl.evaluate.offloading import Offloading
+from otcrl.types import Metrics, Trajectory
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+FILE = "report.json"
+COLUMNS = {"em": "EM", "f1": "F1", "tc": "TC", "tp": "TP", "optimum": "optimum TC", "over_call": "over-call",
+           "under_call": "under-call", "invalid": "invalid calls", "sampled_tokens": "sampled tokens"}  # fmt: skip
+COMPARED = {"em": "EM", "tc": "TC", "tp": "TP"}
+LOGGED = {"em": "accuracy", "f1": "f1", "tc": "tool_calls", "tp": "tool_productivity", "over_call": "over_call",
+          "under_call": "under_call", "sampled_tokens": "sampled_tokens"}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    overall: Summary
+    sources: Mapping[str, Summary] = field(default_factory=dict)  # data set -> its figures
+    counter: str  # which calls TC and TP count: a key of types.COUNTERS
+    offloading: Offloading | None = None  # None: the passes were not run
+
+    def table(self) -> Table:
+        """Figures by data set and overall, with their 95 % intervals; columns without a figure are left out."""
+        from rich.table import Table
+
+        rows = [*self.sources.items(), ("overall", self.overall)]
+        shown = [name for name in COLUMNS if any(_estimate(s, name).value is not None for _, s in rows) or name == "tp"]
+        table = Table(title="Evaluation", caption=f"95 % bootstrap intervals over questions; calls: {self.counter}")
+        for column in ("data set", "questions", "void", *(COLUMNS[name] for name in shown)):
+            table.add_column(column, justify="left" if column == "data set" else "right")
+        for i, (source, summary) in enumerate(rows):
+            cells = (_with_interval(name, _estimate(summary, name)) for name in shown)
+            last_source = i == len(rows) - 2
+            table.add_row(source, str(summary.questions), str(summary.void), *cells, end_section=last_source)
+        return table
+
+    def offloading_table(self) -> Table | None:
+        """The shares of cognitive offloading; None when the passes were not run."""
+        from rich.table import Table
+
+        if self.offloading is None:
+            return None
+        table = Table("cognitive offloading", "share")
+        for f in fields(Offloading):
+            value = getattr(self.offloading, f.name)
+            table.add_row(
+                f.name.replace("_", " "), _with_interval(f.name, value) if isinstance(value, Estimate) else str(value)
+            )
+        return table
+
+    def metrics(self) -> Metrics:
+        """`eval/nq/accuracy` and so on, for loggers; a figure that is undefined is absent."""
+        rows = [("", self.overall), *((f"{source}/", summary) for source, summary in self.sources.items())]
+        named = {
+            f"eval/{source}{label}": _estimate(summary, name).value
+            for source, summary in rows
+            for name, label in LOGGED.items()
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+    def to_json(self) -> dict[str, object]:
+        """The whole report in JSON types; undefined figures are null, and nothing is nan or infinite."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Mapping[str, object]) -> Report:
+        """The report that `to_json` wrote. Raises DataError when the data are not one."""
+        try:
+            return _report(data)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise DataError(f"not an evaluation report of this version of otcrl: {error}") from error
+
+    def save(self, folder: Path | str) -> Path:
+        """Write `report.json` in the folder, which is made if need be; the file's path."""
+        path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        return path
+
+    @staticmethod
+    def load(folder: Path | str) -> Report:
+        """The report saved in a folder. Raises DataError when there is none."""
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise DataError(f"there is no evaluation in {folder}: it holds no {FILE}")
+        try:
+            return Report.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:  # bad JSON, or JSON that is no report
+            raise DataError(f"{path}: {error}") from error
+
+
+def make_report(
+    trajectories: Sequence[Trajectory],
+    correct: Correct,
+    counter: str = "well_formed",
+    offloading: Offloading | None = None,
+    seed: int = 0,
+) -> Report:
+    """The report of one evaluation's trajectories."""
+    return Report(
+        overall=summarize(trajectories, correct, counter, seed),
+        sources={name: summarize(own, correct, counter, seed) for name, own in by_source(trajectories).items()},
+        counter=counter,
+        offloading=offloading,
+    )
+
+
+def before_after_table(before: Report, after: Report) -> Table:
+    """EM, TC and TP of both reports with what changed, and the optimum TC where it is known.
+
+    Raises DataError when the reports cannot be compared: other calls counted, or no data set in common.
+    """
+    from rich.table import Table
+
+    if before.counter != after.counter:
+        raise DataError(f"the reports count different calls: {before.counter!r} before, {after.counter!r} after")
+    if not before.sources.keys() & after.sources.keys():
+        raise DataError(f"the reports share no data set: {list(before.sources)} before, {list(after.sources)} after")
+    table = Table("data set", "figure", title="Before and after", caption=f"calls: {after.counter}")
+    for column in ("before", "after", "change", "change %", "optimum"):
+        table.add_column(column, justify="right")
+    for source, old, new in _pairs(before, after):
+        for name, label in COMPARED.items():
+            first, then = _estimate(old, name).value, _estimate(new, name).value
+            optimum = _text(new.optimum.value) if name == "tc" else ""
+            table.add_row(
+                source if name == "em" else "", label, _figure(name, first), _figure(name, then),
+                *_change(first, then), optimum, end_section=name == "tp",
+            )  # fmt: skip
+    return table
+
+
+def _pairs(before: Report, after: Report) -> Iterator[tuple[str, Summary, Summary]]:
+    """Data sets that are in both reports, then overall when they hold the same data sets."""
+    for source, new in after.sources.items():
+        if source in before.sources:
+            yield source, before.sources[source], new
+    if set(before.sources) == set(after.sources):
+        yield "overall", before.overall, after.overall
+
+
+def _change(before: float | None, after: float | None) -> tuple[str, str]:
+    if before is None or after is None:
+        return "", ""
+    return f"{after - before:+.3f}", f"{(after - before) / before:+.1%}" if before else ""
+
+
+def _estimate(summary: Summary, name: str) -> Estimate:
+    return getattr(summary, name)
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
+
+
+def _figure(name: str, value: float | None) -> str:
+    return "no calls" if name == "tp" and value is None else _text(value)
+
+
+def _with_interval(name: str, estimate: Estimate) -> str:
+    if estimate.value is None:
+        return _figure(name, None)
+    return f"{_text(estimate.value)} [{_text(estimate.low)}, {_text(estimate.high)}]"
+
+
+# -- from JSON ---------------------------------------------------------------------------------------
+
+
+def _report(data: Mapping) -> Report:
+    offloading = data["offloading"]
+    return Report(
+        overall=Summary(**_estimates(data["overall"])),
+        sources={name: Summary(**_estimates(summary)) for name, summary in data["sources"].items()},
+        counter=data["counter"],
+        offloading=None if offloading is None else Offloading(**_estimates(offloading)),
+    )
+
+
+def _estimates(data: Mapping) -> dict:
+    return {name: Estimate(**value) if isinstance(value, Mapping) else value for name, value in data.items()}

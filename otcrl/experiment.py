@@ -1,0 +1,157 @@
+"""What `otcrl train` does around the loop: cold start, evaluation, training, evaluation, summary.json."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import get_console
+
+from otcrl import checkpoint
+from otcrl.evaluate.offloading import Offloading, offloading
+from otcrl.evaluate.report import Report, before_after_table, make_report
+from otcrl.loggers.jsonl import JsonlLogger
+from otcrl.protocols import Dialect, Task
+from otcrl.rollout.collect import Collector
+from otcrl.rollout.transcripts import write_transcripts
+from otcrl.sft import Sft, train_sft
+from otcrl.train import Bars, Run, train
+from otcrl.types import Metrics, Problem, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from otcrl.models.tokenizer import HFTokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    counter: str  # calls that count in TC and TP
+    sampled: bool  # also at the rollout's temperature, not only greedy
+    offloading: bool  # also with tools off and with a call forced
+    before: bool  # also before the first step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    run: Run
+    evaluate: Evaluate
+    first_step: int  # above 0 when resumed
+    sft_seconds: float
+
+
+def cold_start(
+    model: PreTrainedModel,
+    tokenizer: HFTokenizer,
+    task: Task,
+    dialect: Dialect,
+    config: Sft,
+    folder: Path,
+    bars: Bars,
+    name: str = "sft",
+) -> float:
+    """Train `model` in place on demonstrations and save it as folder/name. Returns the seconds it took."""
+    if config.steps < 1:
+        return 0.0
+    begun = time.monotonic()
+    bar, logger = bars("cold start (SFT)"), JsonlLogger(folder / "sft.jsonl")
+
+    def on_step(step: int, metrics: Metrics) -> None:
+        bar(step + 1, config.steps)
+        logger.log(metrics, step)
+
+    train_sft(model, tokenizer, task, dialect, config, on_step)
+    logger.close()
+    checkpoint.save_model(folder / name, model, tokenizer.hf)
+    return time.monotonic() - begun
+
+
+async def run_experiment(experiment: Experiment) -> None:
+    """Evaluate, train, evaluate, and write summary.json and the before/after table."""
+    run, config = experiment.run, experiment.evaluate
+    begun = time.monotonic()
+    before = await report(run, config, "before") if config.before else None
+    before_s = time.monotonic() - begun
+    begun = time.monotonic()
+    await train(run, experiment.first_step)
+    train_s = time.monotonic() - begun
+    checkpoint.save_model(run.folder / "model", run.learner.policy, run.tokenizer.hf)
+    begun = time.monotonic()
+    after = await report(run, config, "after")
+    sampled = await report(run, config, "sampled_after", run.collector.temperature) if config.sampled else None
+    seconds = {"sft": experiment.sft_seconds, "train": train_s, "eval": before_s + time.monotonic() - begun}
+    run.logger.log(after.metrics(), run.loop.steps)
+    summary = {
+        "before": figures(before),
+        "after": figures(after),
+        "sampled_after": figures(sampled),
+        "optimal_tc": after.overall.optimum.value,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+    }
+    (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    show(after, before)
+
+
+def figures(report: Report | None) -> dict[str, float | None] | None:
+    """EM, TC and TP; null where the evaluation was not made, and for TP where no call was."""
+    if report is None:
+        return None
+    return {name: getattr(report.overall, name).value for name in ("em", "tc", "tp")}
+
+
+def show(after: Report, before: Report | None) -> None:
+    console = get_console()
+    console.print(after.table())
+    if (table := after.offloading_table()) is not None:
+        console.print(table)
+    if before is not None:
+        console.print(before_after_table(before, after))
+
+
+async def report(run: Run, config: Evaluate, name: str, temperature: float = 0.0) -> Report:
+    return await measure(run.collector, run.task, config, run.folder / "eval" / name, run.bars, temperature)
+
+
+async def evaluate(collector: Collector, task: Task, config: Evaluate, folder: Path, bars: Bars) -> None:
+    """`otcrl eval`: the greedy report and, when asked for, the sampled one."""
+    console = get_console()
+    modes = {"greedy": 0.0, "sampled": collector.temperature} if config.sampled else {"greedy": 0.0}
+    for name, temperature in modes.items():
+        found = await measure(collector, task, config, folder / name, bars, temperature)
+        console.print(f"[bold]{name}[/] (temperature {temperature:g}), saved in {folder / name}")
+        show(found, None)
+
+
+async def measure(
+    collector: Collector, task: Task, config: Evaluate, folder: Path, bars: Bars, temperature: float
+) -> Report:
+    """The report on the held-out problems, saved with its transcripts in `folder`."""
+    problems = task.held_out()
+
+    async def collect(chosen: Sequence[Problem], opening: str) -> list[Trajectory]:
+        names = [f"evaluation/{folder.name}/{opening}/{p.id}" for p in chosen]
+        bar = bars(f"evaluating, {opening.strip()} forced" if opening else "evaluating")
+        return await collector.play(chosen, names, temperature, opening, bar)
+
+    trajectories = await collect(problems, "")
+    offloaded: Offloading | None = None
+    if config.offloading:
+        dialect, tools = collector.player.dialect, collector.player.tools
+        offloaded = await offloading(
+            problems,
+            collect,
+            task.correct,
+            answer_opening=dialect.open_answer(),
+            call_openings=[dialect.open_call(tool) for tool in tools],
+            counter=config.counter,
+            normal=trajectories,
+        )
+    found = make_report(trajectories, task.correct, config.counter, offloaded)
+    found.save(folder)
+    (folder / "transcripts.jsonl").unlink(missing_ok=True)
+    write_transcripts(folder / "transcripts.jsonl", 0, [(t, None) for t in trajectories])
+    return found

@@ -1,0 +1,215 @@
+"""The models being trained: score a batch, update on it, hand out the weights.
+
+The normaliser is global: a token's weight is fixed over its whole mini-batch before any split, so how
+rows are grouped into forward passes changes memory and speed, never the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from otcrl.algos.functional import token_weights
+from otcrl.errors import TrainingError
+from otcrl.models.policy import token_logprobs
+from otcrl.protocols import Algorithm
+from otcrl.sft import autocast
+from otcrl.types import Batch, Forward, Metrics, Rows, Scores, Targets, rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from otcrl.models.critic import Critic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW with linear warm-up and a linear decay to `final_lr_share` of lr over the run."""
+
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    warmup_steps: int
+    final_lr_share: float  # 1: constant
+
+    def build(self, module: nn.Module) -> torch.optim.AdamW:
+        return torch.optim.AdamW(module.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+
+    def rate(self, step: int, steps: int) -> float:
+        rise = min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        return self.lr * rise * (1 - (1 - self.final_lr_share) * step / max(steps, 1))
+
+
+@dataclass(kw_only=True)
+class Learner:
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
+    critic: Critic | None
+    steps: int  # of the whole run, for the schedules
+    seed: int
+    temperature: float  # of the rollout: the sampled distribution is the one that is trained
+    policy_optimizer: Optimizer
+    critic_optimizer: Optimizer
+    epochs: int
+    minibatch_size: int  # trajectories per optimizer step; 0: all of them
+    micro_tokens: int  # padded tokens per forward pass
+    max_grad_norm: float
+    old_logprobs: str  # recompute: one more forward pass | sampler: what the engine reported
+    autocast: str | None
+    wired = frozenset({"policy", "reference", "critic", "steps", "seed", "temperature"})
+    optimizers: dict[str, torch.optim.AdamW] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.old_logprobs not in ("recompute", "sampler"):
+            raise ValueError(f"old_logprobs must be 'recompute' or 'sampler', got {self.old_logprobs!r}")
+        self.optimizers = {"policy": self.policy_optimizer.build(self.policy)}
+        if self.critic is not None:
+            self.optimizers["critic"] = self.critic_optimizer.build(self.critic)
+
+    # -- score -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> Scores:
+        """What the frozen models say; a pass that nothing needs is not made."""
+        old, ref, values = (torch.zeros_like(batch.sampler_logprobs) for _ in range(3))
+        if self.old_logprobs == "sampler":
+            old = batch.sampler_logprobs
+        for index, micro in self._micros(batch, torch.arange(len(batch.rewards))):
+            width = micro.token_ids.shape[1]
+            if self.old_logprobs == "recompute":
+                old[index, :width] = self._logprobs(self.policy, micro)[0].cpu()
+            if self.reference is not None:
+                ref[index, :width] = self._logprobs(self.reference, micro)[0].cpu()
+            if self.critic is not None:
+                values[index, :width] = self._values(micro).cpu()
+        return Scores(old, ref if self.reference is not None else old, values)
+
+    # -- update ------------------------------------------------------------------------------------
+
+    def update(self, step: int, batch: Batch, scores: Scores, targets: Targets, algo: Algorithm) -> Metrics:
+        """`epochs` passes of mini-batch AdamW. Raises TrainingError, before it touches a weight, when the loss is not finite."""
+        self._set_rates(step)
+        totals: dict[str, list[float]] = defaultdict(list)
+        gap = self._gap(batch, scores) if self.old_logprobs == "recompute" else {}
+        for number, index in enumerate(self._minibatches(step, len(batch.rewards))):
+            sums = self._accumulate(rows(batch, index), rows(scores, index), rows(targets, index), algo)
+            if not gap:  # nothing has been updated yet, so new log-probs are the old ones
+                gap = {"logprob_gap_mean": sums["logprob_gap"], "logprob_gap_max": sums["logprob_gap_max"]}
+            if not math.isfinite(sums["loss"]):
+                ids = index[:8].tolist()
+                raise TrainingError(
+                    f"loss is {sums['loss']} at step {step}, mini-batch {number} (rows {ids}...): nothing was updated"
+                )
+            for name, value in (sums | self._step()).items():
+                if not name.startswith("logprob_gap"):
+                    totals[name].append(value)
+        averages = {f"update/{name}": sum(v) / len(v) for name, v in totals.items()}
+        return averages | {f"rollout/{name}": value for name, value in gap.items()}
+
+    def _accumulate(self, mini: Batch, scores: Scores, targets: Targets, algo: Algorithm) -> dict[str, float]:
+        """Gradients of one mini-batch, and the weighted mean of every per-token statistic."""
+        weights_BT = token_weights(mini.action_mask, algo.weighting)
+        acting_B = mini.action_mask.any(1)
+        if algo.only_advantages_matter:  # the rest would add exactly nothing
+            acting_B &= (targets.advantages != 0).any(1)
+        sums: dict[str, float] = defaultdict(float)
+        seen = 0.0  # share of the weight that was looked at, so statistics stay averages
+        for index, micro in self._micros(mini, acting_B.nonzero().squeeze(-1)):
+            width, device = micro.token_ids.shape[1], self.policy.device
+            w_BT = weights_BT[index, :width].to(device)
+            cut_scores, cut_targets = (self._cut(x, index, width) for x in (scores, targets))
+            new = self._forward(micro, entropy_grad=algo.trains_entropy)
+            out = algo.token_loss(new, micro, cut_scores, cut_targets)
+            loss = (out.loss * w_BT).sum()
+            loss.backward()
+            gap_BT = (new.logprobs.detach() - micro.sampler_logprobs).abs() * micro.action_mask
+            for name, value_BT in {"loss": out.loss, **out.stats, "logprob_gap": gap_BT}.items():
+                sums[name] += (value_BT.detach() * w_BT).sum().item()
+            sums["logprob_gap_max"] = max(sums["logprob_gap_max"], gap_BT.max().item())
+            seen += w_BT.sum().item()
+        means = {k: v if k in ("loss", "logprob_gap_max") else v / max(seen, 1e-12) for k, v in sums.items()}
+        return {"loss": 0.0, "logprob_gap": 0.0, "logprob_gap_max": 0.0} | means | {"used_weight": seen}
+
+    def _step(self) -> dict[str, float]:
+        norms = {}
+        for name, optimizer in self.optimizers.items():
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norms[f"{name}_grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return norms
+
+    def _set_rates(self, step: int) -> None:
+        configs = {"policy": self.policy_optimizer, "critic": self.critic_optimizer}
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = configs[name].rate(step, self.steps)
+
+    # -- pieces ------------------------------------------------------------------------------------
+
+    def _forward(self, micro: Batch, *, entropy_grad: bool) -> Forward:
+        logprobs, entropy = self._logprobs(self.policy, micro, entropy_grad=entropy_grad)
+        values = self._values(micro) if self.critic is not None else torch.zeros_like(logprobs)
+        return Forward(logprobs, entropy, values)
+
+    def _logprobs(self, model: PreTrainedModel, micro: Batch, *, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+        with autocast(self.autocast, model.device):
+            return token_logprobs(
+                model, micro.token_ids, micro.action_mask, self.temperature, entropy_grad=entropy_grad
+            )
+
+    def _values(self, micro: Batch) -> Tensor:
+        assert self.critic is not None
+        with autocast(self.autocast, micro.token_ids.device):
+            return self.critic(micro.token_ids) * micro.action_mask
+
+    def _gap(self, batch: Batch, scores: Scores) -> Metrics:
+        """How far the learner is from the sampler on the sampled tokens, nats."""
+        gap = (scores.old_logprobs - batch.sampler_logprobs).abs()[batch.action_mask]
+        return {"logprob_gap_mean": gap.mean().item(), "logprob_gap_max": gap.max().item()}
+
+    def _minibatches(self, step: int, count: int) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        for _ in range(self.epochs):
+            yield from torch.randperm(count, generator=generator).split(self.minibatch_size or count)
+
+    def _micros(self, batch: Batch, chosen: Tensor) -> Iterator[tuple[Tensor, Batch]]:
+        """(row numbers, those rows cut to their longest, on the policy's device): like lengths together."""
+        lengths_B = batch.attention_mask.sum(1)
+        order = chosen[lengths_B[chosen].argsort()].tolist()
+        start = 0
+        for end in range(1, len(order) + 1):
+            full = end < len(order) and int(lengths_B[order[end]]) * (end + 1 - start) > self.micro_tokens
+            if full or end == len(order):
+                index = torch.tensor(order[start:end])
+                yield index, self._cut(batch, index, int(lengths_B[order[end - 1]]))
+                start = end
+
+    def _cut(self, data: Rows, index: Tensor, width: int) -> Rows:
+        """Rows `index`, columns up to `width`, on the policy's device."""
+        picked = rows(data, index)
+        values = (getattr(picked, f.name).to(self.policy.device) for f in fields(picked))
+        return type(data)(*(value[:, :width] if value.dim() == 2 else value for value in values))
+
+    # -- weights and state ---------------------------------------------------------------------------
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.policy.named_parameters():  # tied parameters once
+            yield name, parameter.detach()
+
+    def state_dict(self) -> dict[str, object]:
+        """Optimizers and critic; the policy is saved as a Hugging Face directory of its own."""
+        state: dict[str, object] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        return state | ({"critic_weights": self.critic.state_dict()} if self.critic is not None else {})
+
+    def load_state_dict(self, state: Mapping[str, dict[str, object]]) -> None:
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic_weights"])

@@ -1,0 +1,33 @@
+"""Progress bars that share the terminal with the lines of metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Bars:
+    """`bars("rollout")` is a function to be called with (done, total); the bar goes when it is full."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
+        self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+
+    def __call__(self, name: str) -> Callable[[int, int], None]:
+        task = self._progress.add_task(name, total=None)
+
+        def update(done: int, total: int) -> None:
+            self._progress.update(task, completed=done, total=total)
+            if done == total:
+                self._progress.remove_task(task)
+
+        return update
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()

@@ -1,0 +1,45 @@
+"""A causal language model from a Hugging Face directory or hub name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from otcrl.errors import DataError
+from otcrl.models.tokenizer import HFTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    path: str  # directory or hub name
+    dtype: str  # of the trained weights
+    chat: bool  # wrap the prompt as a user message of the tokenizer's chat template
+    device: str  # cpu, cuda, cuda:1 ...; auto: cuda when there is one
+    gradient_checkpointing: bool
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    def load(self, words: Sequence[str], seed: int) -> tuple[PreTrainedModel, HFTokenizer]:
+        """The model and its tokenizer; raises DataError when they cannot be had. `words` are for tiny models only."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.path)
+            model = AutoModelForCausalLM.from_pretrained(self.path, dtype=getattr(torch, self.dtype))
+        except (OSError, ValueError) as error:
+            known = "an existing directory" if Path(self.path).is_dir() else "neither a directory nor a hub model in reach"
+            raise DataError(f"model.path {self.path!r} is {known}: {str(error).splitlines()[0]}") from error
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model.to(device), HFTokenizer(hf=tokenizer, chat=self.chat)

@@ -1,0 +1,53 @@
+"""A Hugging Face tokenizer with the five verbs that a rollout needs, and no surprises in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from otcrl.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFTokenizer:
+    hf: PreTrainedTokenizerBase
+    chat: bool  # True: the prompt becomes a user message of the chat template
+
+    def __post_init__(self) -> None:
+        name = self.hf.name_or_path or "the tokenizer"
+        if self.hf.eos_token_id is None:
+            raise DataError(f"{name} has no end-of-text token: a completion could never end. Set its eos_token.")
+        if self.chat and not self.hf.chat_template:
+            raise DataError(f"model.chat is true, but {name} has no chat template: set model.chat=false.")
+
+    def encode(self, text: str) -> list[int]:
+        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        if self.chat:
+            message = [{"role": "user", "content": prompt}]
+            text = self.hf.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            return self.hf.encode(text, add_special_tokens=False)
+        start = [] if self.hf.bos_token_id is None else [self.hf.bos_token_id]
+        return start + self.encode(prompt)
+
+    @cached_property
+    def pad_id(self) -> int:
+        pad, eos = self.hf.pad_token_id, self.hf.eos_token_id
+        return pad if pad is not None else eos  # padding is masked everywhere, so any id will do
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset({self.hf.eos_token_id})
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return len(self.hf)

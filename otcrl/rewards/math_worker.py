@@ -1,0 +1,140 @@
+"""The process that compares mathematical expressions, and the handle that the trainer holds on it.
+
+math-verify limits its own time with `signal.alarm`. That works in the main thread only, replaces other
+people's timers there, and cannot interrupt one long C call (`9**9**9`). So it runs as the main thread
+of a process of its own: its alarms work, and when they do not, the process is killed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+
+from otcrl.errors import ConfigError
+
+DEADLINE_S = 10.0  # for one comparison, all of it; then the answer is wrong and the process is replaced
+_START_S = 120.0  # importing the algebra system on a busy machine
+_MEMORY_BYTES = 4 * 2**30  # address space of the process
+_STEP_S = 3  # math-verify's own limit for each parse and each comparison
+
+
+class MathWorker:
+    """One helper process, started at the first question; mutable, and safe to share between threads."""
+
+    def __init__(self, deadline_s: float = DEADLINE_S) -> None:
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        atexit.register(self.close)
+        os.register_at_fork(after_in_child=self._forget)  # two processes on one pipe would swap verdicts
+
+    def equal(self, answer: str, gold: str) -> bool:
+        """Whether they mean the same; False when the question outlived the deadline or the memory limit.
+
+        Raises ConfigError when the process cannot start: a broken checker must not look like wrong answers.
+        """
+        with self._lock:
+            process = self._running()
+            _write(process, [answer, gold])
+            reply = _read(process, self._deadline_s)
+            if reply is None:  # too slow, or the process died of the expression
+                self._stop()
+            return reply == "equal"
+
+    def close(self) -> None:
+        with self._lock:
+            self._stop()
+
+    def _forget(self) -> None:
+        self._lock, self._process = threading.Lock(), None
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "otcrl.rewards.math_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # whatever made otcrl importable here
+        )
+        reply = _read(process, _START_S)
+        if reply == "ready":
+            return process
+        self._stop()
+        if reply == "missing":
+            raise ConfigError("checking mathematics needs math-verify: pip install 'math-verify[antlr4_13_2]'")
+        raise ConfigError(f"the process that checks mathematics did not start (it said {reply!r})")
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()  # reaps it and closes its pipes
+            self._process = None
+
+
+def _write(process: subprocess.Popen[bytes], question: list[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(question).encode() + b"\n")
+    process.stdin.flush()
+
+
+def _read(process: subprocess.Popen[bytes], deadline_s: float) -> str | None:
+    """The next line the process writes; None when it ends or says nothing before the deadline."""
+    assert process.stdout is not None
+    watch = select.poll()
+    watch.register(process.stdout, select.POLLIN | select.POLLHUP)
+    if not watch.poll(deadline_s * 1000):
+        return None
+    return process.stdout.readline().decode().strip() or None
+
+
+# -- inside the process ------------------------------------------------------------------------------
+
+
+def _serve() -> None:
+    """Answer questions, one JSON line `[answer, gold]` each, until the input ends."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints must not pass for a reply
+
+    def reply(text: str) -> None:
+        print(text, file=replies, flush=True)
+
+    try:
+        import math_verify  # noqa: F401
+    except ImportError:
+        return reply("missing")
+    _limit_memory()
+    reply("ready")
+    for line in sys.stdin:
+        answer, gold = json.loads(line)
+        reply("equal" if _equal(answer, gold) else "different")
+
+
+def _equal(answer: str, gold: str) -> bool:
+    """math-verify's verdict. It treats its own timeouts and parse errors as "different"."""
+    from math_verify import parse, verify
+
+    parsed_gold = parse(_latex(gold), parsing_timeout=_STEP_S)
+    parsed_answer = parse(_latex(answer), parsing_timeout=_STEP_S)
+    return bool(verify(parsed_gold, parsed_answer, timeout_seconds=_STEP_S))
+
+
+def _latex(text: str) -> str:
+    return f"\\boxed{{{text}}}"  # says "all of this is the expression"; bare text would be searched for one
+
+
+def _limit_memory() -> None:
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(_MEMORY_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,60 @@
+"""Many trajectories at once: no barrier between them, a bounded number in flight, one seed for each."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from otcrl.rollout.loop import Player
+from otcrl.types import Problem, Trajectory
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collector:
+    player: Player
+    group_size: int
+    temperature: float
+    concurrency: int  # trajectories in flight
+    seed: int
+
+    async def groups(self, problems_P: Sequence[Problem], step: int, progress: Progress | None = None) -> list[list[Trajectory]]:
+        """[P][G] trajectories, sampled for training."""
+        repeated = [p for p in problems_P for _ in range(self.group_size)]
+        names = [f"step {step}/{p.id}/{g}" for p in problems_P for g in range(self.group_size)]
+        flat = await self.play(repeated, names, self.temperature, "", progress)
+        return [flat[i : i + self.group_size] for i in range(0, len(flat), self.group_size)]
+
+    async def play(
+        self,
+        problems: Sequence[Problem],
+        names: Sequence[str],
+        temperature: float,
+        opening: str = "",
+        progress: Progress | None = None,
+    ) -> list[Trajectory]:
+        """One trajectory for each problem, in their order. A name fixes its trajectory's random draws."""
+        slots, done = asyncio.Semaphore(self.concurrency), 0
+
+        async def one(problem: Problem, name: str) -> Trajectory:
+            nonlocal done
+            async with slots:
+                trajectory = await self.player.play(
+                    problem, temperature=temperature, seed=stable_seed(self.seed, name), session=name, opening=opening
+                )
+            done += 1
+            if progress:
+                progress(done, len(problems))
+            return trajectory
+
+        async with asyncio.TaskGroup() as group:  # the first failure cancels the rest
+            tasks = [group.create_task(one(p, n)) for p, n in zip(problems, names, strict=True)]
+        return [task.result() for task in tasks]
+
+
+def stable_seed(seed: int, name: str) -> int:
+    """A 63-bit seed from the run's seed and a trajectory's name, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big") >> 1

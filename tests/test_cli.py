@@ -1,0 +1,248 @@
+"""The `otcrl` command: help at once, presets and overrides composed, one clear line for every mistake."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from otcrl import cli
+from otcrl.compose import compose, expand, to_yaml
+from otcrl.presets import presets
+
+ROOT = Path(__file__).parents[1]
+GROUPS = ("dialect", "tools", "model", "engine", "reward", "algo")
+
+
+@pytest.fixture
+def demo(tmp_path: Path) -> Path:
+    """A user's own preset, with yaml files of their own for every group beside it."""
+    for group in (*GROUPS, "task"):
+        (tmp_path / group).mkdir()
+        (tmp_path / group / "mine.yaml").write_text("size: 1\nrate: 0.5\n")
+    (tmp_path / "task" / "other.yaml").write_text("size: 2\nrate: 0.25\n")
+    choices = "".join(f"  - override /{group}: mine\n" for group in (*GROUPS, "task"))
+    (tmp_path / "demo.yaml").write_text(f"defaults:\n{choices}name: demo\nalgo: {{rate: 1.0e-6}}\n")
+    return tmp_path / "demo.yaml"
+
+
+def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "otcrl.cli", *words]
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
+    )
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line on stderr of a command that must not start."""
+    assert cli.main(words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0].removeprefix("otcrl: error: ")
+
+
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
+    assert cli.main([*words, "--cfg"]) == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+# -- help -------------------------------------------------------------------------------------------
+
+
+def test_help_is_instant_because_it_imports_nothing_heavy():
+    heavy = "torch transformers hydra omegaconf rich numpy pydantic"
+    code = f"from otcrl.cli import main; import sys; main(['--help']); sys.exit(bool(set(sys.modules) & set('{heavy}'.split())))"
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begun < 2.0  # 0.05 s on an idle machine
+    assert all(name in done.stdout for name in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["train", "sft", "eval"])
+def test_the_help_of_a_command_shows_examples_and_presets(command: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert f"  otcrl {command} " in out
+    assert all(f"  {preset.name} " in out for preset in presets())
+
+
+# -- presets and overrides ----------------------------------------------------------------------------
+
+
+def test_a_preset_given_by_path_works_from_anywhere(demo: Path, capsys: pytest.CaptureFixture[str]):
+    config = printed(capsys, "train", f"conf={demo}", "seed=3")
+    assert (config["name"], config["seed"], config["run_dir"]) == ("demo", 3, "runs/demo")
+    assert config["algo"] == {"size": 1, "rate": 1e-6}
+    assert run("train", "--cfg", "conf=demo.yaml", cwd=demo.parent).returncode == 0
+
+
+def test_a_group_of_the_users_own_can_be_chosen(demo: Path, capsys: pytest.CaptureFixture[str]):
+    assert printed(capsys, "train", f"conf={demo}", "task=other")["task"] == {"size": 2, "rate": 0.25}
+
+
+def test_what_is_composed_is_plain_data(demo: Path):
+    config = compose([], preset=demo)
+    assert yaml.safe_load(to_yaml(config)) == config
+    assert type(config) is dict
+    assert type(config["algo"]) is dict
+
+
+def test_resume_takes_the_config_of_the_run(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    before = compose(["seed=5"], preset=demo)
+    (tmp_path / "config.yaml").write_text(to_yaml(before))
+    after = printed(capsys, "train", f"resume={tmp_path}", "algo.rate=2.0")
+    assert after == before | {"resume": str(tmp_path), "algo": {"size": 1, "rate": 2.0}}
+
+
+def test_a_group_chosen_anew_replaces_the_one_of_the_run(demo: Path, tmp_path: Path):
+    config = compose([], preset=demo)
+    (tmp_path / "config.yaml").write_text(to_yaml(config | {"logger": {"mine": {"size": 1}}}))
+    assert compose(["logger=console"], run=tmp_path)["logger"].keys() == {"console"}
+
+
+def test_eval_takes_a_run_or_a_model(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "config.yaml").write_text(to_yaml(compose([], preset=demo)))
+    config = printed(capsys, "eval", f"run={tmp_path}", "data=a.jsonl,b.jsonl")
+    assert (config["run"], config["checkpoint"], config["data"]) == (str(tmp_path), None, ["a.jsonl", "b.jsonl"])
+    config = printed(capsys, "eval", "model=some/model", f"conf={demo}")
+    assert (config["run"], config["checkpoint"], config["data"]) == (None, "some/model", [])
+    assert refusal(capsys, "eval").startswith("add either run=DIR or model=NAME_OR_PATH")
+
+
+# -- sweeps -------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_is_the_product_of_its_values():
+    assert expand(["a.lr=1,2", "seed=range(0,2)", "name=x"]) == [
+        ["a.lr=1", "seed=0", "name=x"],
+        ["a.lr=1", "seed=1", "name=x"],
+        ["a.lr=2", "seed=0", "name=x"],
+        ["a.lr=2", "seed=1", "name=x"],
+    ]
+
+
+def test_every_run_of_a_sweep_has_its_own_directory(demo: Path):
+    done = run("train", "-m", "--cfg", f"conf={demo}", "seed=range(0,2)")
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith(("name:", "seed:", "run_dir:"))] == [
+        "name: demo/0",
+        "seed: 0",
+        "run_dir: runs/demo/0",
+        "name: demo/1",
+        "seed: 1",
+        "run_dir: runs/demo/1",
+    ]
+    assert done.stderr.splitlines()[-1] == "otcrl: 2 runs, 2 done"
+
+
+def test_a_typo_stops_a_sweep_before_its_first_run(demo: Path, capsys: pytest.CaptureFixture[str]):
+    assert "Did you mean 'seed'?" in refusal(capsys, "train", "-m", f"conf={demo}", "sed=0,1")
+
+
+# -- mistakes -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("algo.raet=1", "algo.raet is not a setting. Did you mean 'algo.rate'?"),
+        ("sed=1", "sed is not a setting. Did you mean 'seed'?"),
+        ("taks=other", "taks is not a setting. Did you mean 'task'?"),
+        ("task=othr", "task=othr: there is no such yaml. Did you mean 'other'?"),
+        ("seed=1,2", "'seed=1,2' lists several values: add -m to run each, or write seed=[...]"),
+        ("seed=[1", "cannot read 'seed=[1': write key=value, a list as key=[1,2], text as key='a b'"),
+        ("seed", "cannot read 'seed': write key=value"),
+        ("+mine.x=1", "mine is not a section of the config."),
+        ("name=${nope}", "name: Interpolation key 'nope' not found"),
+        ("seed=???", "seed: Missing mandatory value: seed"),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_wrong_override_is_one_line_with_the_nearest_right_one(
+    override: str, message: str, demo: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert refusal(capsys, "train", f"conf={demo}", override).startswith(message)
+
+
+def test_a_wrong_command_option_or_preset_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert refusal(capsys, "trian") == "there is no command 'trian'. Did you mean 'train'?"
+    assert refusal(capsys, "train", "--cfgs") == "otcrl train has no option --cfgs. Did you mean '--cfg'?"
+    assert refusal(capsys, "train").startswith("add conf=NAME or conf=FILE.yaml.")
+    assert refusal(capsys, "train", "conf=quikstart").startswith("conf=quikstart: there is no such preset.")
+    assert refusal(capsys, "train", "conf=no/such.yaml") == "conf=no/such.yaml: there is no such file"
+    assert refusal(capsys, "train", f"resume={tmp_path}") == f"{tmp_path} is not a run directory: it has no config.yaml"
+    assert refusal(capsys, "models", "smolm2") == "otcrl models has no model 'smolm2'. Did you mean 'smollm2'?"
+    assert refusal(capsys, "models", "smollm2") == "otcrl models smollm2 needs out=..."
+    assert refusal(capsys, "index", "corpsu=a", "out=b").endswith("Did you mean 'corpus'?")
+
+
+def test_a_wrong_preset_file_is_one_line(demo: Path, capsys: pytest.CaptureFixture[str]):
+    original = demo.read_text()
+    demo.write_text(original + "lop: {steps: 3}\n")
+    assert refusal(capsys, "train", f"conf={demo}") == "lop is not a section of the config. Did you mean 'loop'?"
+    demo.write_text(original + "a: [1\n")
+    assert refusal(capsys, "train", f"conf={demo}").startswith(f"{demo}:")
+    demo.write_text(original.replace("/task: mine", "/task: min"))
+    assert refusal(capsys, "train", f"conf={demo}").startswith("task=min: there is no such yaml. Did you mean 'mine'?")
+    demo.write_text("name: empty\n")
+    assert refusal(capsys, "train", f"conf={demo}").startswith("no task is chosen: add task=NAME.")
+
+
+def test_the_traceback_is_there_for_who_asks():
+    done = subprocess.run(
+        [sys.executable, "-m", "otcrl.cli", "trian"],
+        cwd=ROOT,
+        env=os.environ | {"OTCRL_TRACEBACK": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.startswith("Traceback")
+    assert done.stderr.splitlines()[-1] == "otcrl: error: there is no command 'trian'. Did you mean 'train'?"
+
+
+def test_an_interrupt_is_one_line_and_exit_code_130(demo: Path):
+    command = [sys.executable, "-m", "otcrl.cli", "train", "-m", "--cfg", f"conf={demo}", "seed=range(0,100)"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    process.stderr.readline()  # the first run has begun
+    process.send_signal(signal.SIGINT)
+    assert process.stderr.read().splitlines()[-1] == "otcrl: interrupted"
+    assert process.wait(timeout=60) == 130
+
+
+# -- packaging ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_conf_and_runs_without_the_checkout(tmp_path: Path):
+    source = tmp_path / "source"  # building leaves nothing in the checkout
+    for part in ("otcrl", "conf"):
+        shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
+    for part in ("setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / part, source)
+    pip = [sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check"]
+    offline = ["--no-deps", "--no-index"]
+    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("otcrl-*.whl")
+    expected = {f"otcrl/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
+    assert expected <= set(zipfile.ZipFile(wheel).namelist())
+
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", *offline, "--target", site, wheel], check=True)
+    shutil.rmtree(source)
+    for words, answer in ((["--help"], "train"), (["train", "--cfg", "conf=quickstart"], "name: quickstart")):
+        done = subprocess.run(
+            [sys.executable, site / "bin" / "otcrl", *words],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+        )
+        assert answer in done.stdout, done.stderr
