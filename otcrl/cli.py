@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from otcrl.errors import ConfigError, OtcrlError, nearest
-from otcrl.presets import find_preset, options, presets
+from otcrl.presets import conf_dir, find_preset, options, presets
 
 if TYPE_CHECKING:
     from otcrl.compose import Config
@@ -171,10 +171,19 @@ def sweep(command: str, settings: list[str], flags: frozenset[str]) -> int:
 
 
 def index(settings: list[str], flags: frozenset[str]) -> int:
-    named = exactly("index", settings, needed=("corpus", "out"), optional=("encoder",))
-    from otcrl.tools.retrieval import build_index
+    """The encoder's settings are those of conf/tools/search.yaml, and the command line may change any of them."""
+    named, rest = take(settings, "corpus", "out", "encoder")
+    require("index", named, "corpus", "out")
+    from otcrl.compose import load, parse
+    from otcrl.construct import construct
+    from otcrl.tools.retrieval.corpus import Corpus
+    from otcrl.tools.retrieval.index import build_index
 
-    build_index(named["corpus"].split(","), named.get("encoder", "all-MiniLM-L6-v2"), Path(named["out"]))
+    section = load(conf_dir() / "tools/search.yaml")["search"]["encoder"]
+    section |= {"model": named["encoder"]} if "encoder" in named else {}
+    section |= {override.key_or_group: override.value() for override in map(parse, rest)}
+    built = build_index(Corpus(named["corpus"].split(",")), construct(section, "encoder"), named["out"])
+    print(f"otcrl: {len(built.passages)} passages in {named['out']}")
     return 0
 
 
@@ -182,21 +191,20 @@ def models(settings: list[str], flags: frozenset[str]) -> int:
     name, *rest = settings or [""]
     if name != "smollm2":
         raise ConfigError(f"otcrl models has no model {name!r}.{nearest(name, ['smollm2'])}")
-    named = exactly("models smollm2", rest, needed=("out",), optional=("dtype",))
+    named, unknown = take(rest, "out", "dtype")
+    for setting in unknown:
+        raise ConfigError(f"otcrl models smollm2 has no setting {setting!r}. Choose from: dtype, out.")
+    require("models smollm2", named, "out")
     from otcrl.smollm2 import write_checkpoint
 
     print(f"otcrl: wrote {write_checkpoint(Path(named['out']), dtype=named.get('dtype', 'float32'))}")
     return 0
 
 
-def exactly(command: str, settings: list[str], *, needed: Sequence[str], optional: Sequence[str]) -> dict[str, str]:
-    named, unknown = take(settings, *needed, *optional)
-    for setting in unknown:
-        raise ConfigError(f"otcrl {command} has no setting {setting!r}.{nearest(setting, [*needed, *optional])}")
-    for name in needed:
+def require(command: str, named: Mapping[str, str], *names: str) -> None:
+    for name in names:
         if not named.get(name):
             raise ConfigError(f"otcrl {command} needs {name}=...")
-    return named
 
 
 # -- help -------------------------------------------------------------------------------------------
@@ -234,8 +242,12 @@ COMMANDS = {
     ),
     "index": Command(
         "build a search index from a corpus",
-        "corpus=FILE[,FILE] out=DIR [encoder=all-MiniLM-L6-v2]",
-        ("otcrl index corpus=wiki.jsonl out=indexes/wiki",),
+        "corpus=FILE[,FILE] out=DIR [encoder=all-MiniLM-L6-v2] [key=value ...]",
+        (
+            "otcrl index corpus=wiki.jsonl out=indexes/wiki",
+            "otcrl index corpus=wiki.jsonl.gz out=indexes/e5 encoder=intfloat/e5-base-v2 "
+            "\"query_prefix='query: '\" \"passage_prefix='passage: '\" device=cuda",
+        ),
         index,
         {},
         lists_presets=False,

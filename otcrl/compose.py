@@ -19,7 +19,7 @@ import hydra
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -71,7 +71,7 @@ def values(override: Override) -> list[str]:
 def parse(text: str) -> Override:
     try:
         return OverridesParser.create().parse_override(text)
-    except OverrideParseException as error:
+    except HydraException as error:
         raise ConfigError(f"cannot read {text!r}: write key=value, a list as key=[1,2], text as key='a b'") from error
 
 
@@ -137,7 +137,7 @@ def compose_staged(stage: Path, overrides: Sequence[str]) -> Config:
         content = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except MissingConfigException as error:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        found = [*options(group), *(error.options or [])]
+        found = {*options(group), *(error.options or [])}
         raise ConfigError(f"{group}={choice}: there is no such yaml.{nearest(choice, found)}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise explained(error, stage, overrides) from error

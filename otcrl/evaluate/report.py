@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +17,17 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FILE = "report.json"
-COLUMNS = {"em": "EM", "f1": "F1", "tc": "TC", "tp": "TP", "optimum": "optimum TC", "over_call": "over-call",
-           "under_call": "under-call", "invalid": "invalid calls", "sampled_tokens": "sampled tokens"}  # fmt: skip
+COLUMNS = {  # of the table, which has to fit a terminal; the JSON holds every figure
+    "em": "EM", "tc": "TC", "tp": "TP", "optimum": "best TC", "over_call": "over", "under_call": "under",
+    "sampled_tokens": "tokens",
+}  # fmt: skip
+OFFLOADING = {
+    "right_closed": "right with tools off",
+    "over_call": "called all the same, of those",
+    "wrong_without_call": "wrong, and no call made",
+    "under_call": "a call would have helped, of those",
+    "under_call_of_all": "a call would have helped, of all",
+}
 COMPARED = {"em": "EM", "tc": "TC", "tp": "TP"}
 LOGGED = {"em": "accuracy", "f1": "f1", "tc": "tool_calls", "tp": "tool_productivity", "over_call": "over_call",
           "under_call": "under_call", "sampled_tokens": "sampled_tokens"}  # fmt: skip
@@ -32,18 +41,22 @@ class Report:
     offloading: Offloading | None = None  # None: the passes were not run
 
     def table(self) -> Table:
-        """Figures by data set and overall, with their 95 % intervals; columns without a figure are left out."""
+        """Figures by data set and overall, EM, TC and TP with intervals; columns without a figure are left out."""
+        from rich import box
         from rich.table import Table
 
         rows = [*self.sources.items(), ("overall", self.overall)]
         shown = [name for name in COLUMNS if any(_estimate(s, name).value is not None for _, s in rows) or name == "tp"]
-        table = Table(title="Evaluation", caption=f"95 % bootstrap intervals over questions; calls: {self.counter}")
-        for column in ("data set", "questions", "void", *(COLUMNS[name] for name in shown)):
-            table.add_column(column, justify="left" if column == "data set" else "right")
-        for i, (source, summary) in enumerate(rows):
-            cells = (_with_interval(name, _estimate(summary, name)) for name in shown)
-            last_source = i == len(rows) - 2
-            table.add_row(source, str(summary.questions), str(summary.void), *cells, end_section=last_source)
+        caption = (
+            f"95 % bootstrap intervals over n questions; calls: {self.counter}; void trajectories: {self.overall.void}"
+        )
+        table = Table(title="Evaluation", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("data set", no_wrap=True)
+        table.add_column("n", justify="right")
+        for name in shown:
+            table.add_column(COLUMNS[name], justify="right", no_wrap=name in COMPARED)
+        for source, summary in rows:
+            table.add_row(source, str(summary.questions), *(_cell(name, _estimate(summary, name)) for name in shown))
         return table
 
     def offloading_table(self) -> Table | None:
@@ -52,12 +65,10 @@ class Report:
 
         if self.offloading is None:
             return None
-        table = Table("cognitive offloading", "share")
-        for f in fields(Offloading):
-            value = getattr(self.offloading, f.name)
-            table.add_row(
-                f.name.replace("_", " "), _with_interval(f.name, value) if isinstance(value, Estimate) else str(value)
-            )
+        table = Table("questions", title="Cognitive offloading", caption=f"void trajectories: {self.offloading.void}")
+        table.add_column("share", justify="right")
+        for name, label in OFFLOADING.items():
+            table.add_row(label, _with_interval(getattr(self.offloading, name)))
         return table
 
     def metrics(self) -> Metrics:
@@ -128,13 +139,13 @@ def before_after_table(before: Report, after: Report) -> Table:
         raise DataError(f"the reports count different calls: {before.counter!r} before, {after.counter!r} after")
     if not before.sources.keys() & after.sources.keys():
         raise DataError(f"the reports share no data set: {list(before.sources)} before, {list(after.sources)} after")
-    table = Table("data set", "figure", title="Before and after", caption=f"calls: {after.counter}")
-    for column in ("before", "after", "change", "change %", "optimum"):
+    table = Table("data set", "figure", title="Before and after", caption=f"calls that count: {after.counter}")
+    for column in ("before", "after", "change", "change %", "best TC"):
         table.add_column(column, justify="right")
     for source, old, new in _pairs(before, after):
         for name, label in COMPARED.items():
             first, then = _estimate(old, name).value, _estimate(new, name).value
-            optimum = _text(new.optimum.value) if name == "tc" else ""
+            optimum = _figure(name, new.optimum.value) if name == "tc" else ""
             table.add_row(
                 source if name == "em" else "", label, _figure(name, first), _figure(name, then),
                 *_change(first, then), optimum, end_section=name == "tp",
@@ -161,18 +172,25 @@ def _estimate(summary: Summary, name: str) -> Estimate:
     return getattr(summary, name)
 
 
-def _text(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
-
-
 def _figure(name: str, value: float | None) -> str:
-    return "no calls" if name == "tp" and value is None else _text(value)
+    return ("no calls" if name == "tp" else "") if value is None else _text(value)
 
 
-def _with_interval(name: str, estimate: Estimate) -> str:
+def _text(value: float, digits: int = 3) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{digits}f}"
+
+
+def _cell(name: str, estimate: Estimate) -> str:
     if estimate.value is None:
         return _figure(name, None)
-    return f"{_text(estimate.value)} [{_text(estimate.low)}, {_text(estimate.high)}]"
+    return _with_interval(estimate) if name in COMPARED else _text(estimate.value, 2)
+
+
+def _with_interval(estimate: Estimate) -> str:
+    """The figure, and its interval on a line of its own."""
+    if estimate.value is None or estimate.low is None or estimate.high is None:
+        return ""
+    return f"{_text(estimate.value)}\n[dim]{_text(estimate.low, 2)}-{_text(estimate.high, 2)}[/]"
 
 
 # -- from JSON ---------------------------------------------------------------------------------------

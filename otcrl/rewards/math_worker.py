@@ -67,7 +67,7 @@ class MathWorker:
             return process
         self._stop()
         if reply == "missing":
-            raise ConfigError("checking mathematics needs math-verify: pip install 'math-verify[antlr4_13_2]'")
+            raise ConfigError("checking mathematics needs math-verify: pip install 'otcrl[math]'")
         raise ConfigError(f"the process that checks mathematics did not start (it said {reply!r})")
 
     def _stop(self) -> None:

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from otcrl.errors import OtcrlError
 from otcrl.rollout.loop import Player
 from otcrl.types import Problem, Trajectory
 
@@ -50,9 +51,18 @@ class Collector:
                 progress(done, len(problems))
             return trajectory
 
-        async with asyncio.TaskGroup() as group:  # the first failure cancels the rest
-            tasks = [group.create_task(one(p, n)) for p, n in zip(problems, names, strict=True)]
+        try:
+            async with asyncio.TaskGroup() as group:  # the first failure cancels the rest
+                tasks = [group.create_task(one(p, n)) for p, n in zip(problems, names, strict=True)]
+        except* OtcrlError as failures:
+            raise first(failures) from failures
         return [task.result() for task in tasks]
+
+
+def first(failures: BaseExceptionGroup[OtcrlError]) -> OtcrlError:
+    """One error that says it all: hundreds of trajectories fail alike when an engine does."""
+    error = failures.exceptions[0]
+    return first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
 def stable_seed(seed: int, name: str) -> int:

@@ -70,7 +70,7 @@ class HFEngine:
         session: str,
     ) -> Completion:
         """See `Engine.generate`. Cancelling the task that awaits it frees the session's slot."""
-        self._check(token_ids, max_tokens, temperature)
+        self._check(token_ids, stop, max_tokens, temperature)
         ids = list(token_ids)
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         here = self._paused(session)
@@ -122,13 +122,15 @@ class HFEngine:
 
     # -- a request ------------------------------------------------------------------------------------
 
-    def _check(self, token_ids: Sequence[int], max_tokens: int, temperature: float) -> None:
+    def _check(self, token_ids: Sequence[int], stop: Sequence[str], max_tokens: int, temperature: float) -> None:
         if self._closed or self._incomplete:
             raise EngineError(self._incomplete or "the engine is closed")
         if not 0 < len(token_ids) < self.context:
             raise EngineError(f"a prompt must have 1 to {self.context - 1} tokens (context - 1), got {len(token_ids)}")
         if min(token_ids) < 0 or max(token_ids) >= self._vocab:
             raise EngineError(f"token ids must be 0 to {self._vocab - 1}, got {min(token_ids)} to {max(token_ids)}")
+        if "" in stop:
+            raise EngineError("a stop string must not be empty")
         if max_tokens < 1:
             raise EngineError(f"max_tokens must be at least 1, got {max_tokens}")
         if temperature < 0:
@@ -153,7 +155,7 @@ class HFEngine:
     def _watch(self, stop: tuple[str, ...]) -> frozenset[int]:
         """Ids that end a completion, or may: their text has the last character of a stop string, or a part of one."""
         if stop not in self._watched:
-            ends = {string[-1] for string in stop} | ({"\ufffd"} if any(not s.isascii() for s in stop) else set())
+            ends = {string[-1] for string in stop} | ({"\ufffd"} if any(not s[-1].isascii() for s in stop) else set())
             may_end = [token for token, text in enumerate(self._texts) if ends.intersection(text)] if ends else []
             self._watched[stop] = self._tokenizer.stop_ids.union(may_end)
         return self._watched[stop]
@@ -187,7 +189,7 @@ class HFEngine:
             if not isinstance(error, Exception):
                 raise
 
-    async def _step(self, moves: Moves | None) -> None:
+    async def _step(self, moves: Moves) -> None:
         loop = asyncio.get_running_loop()
         tokens, logprobs = await loop.run_in_executor(self._thread, self._forward.step, self._running, moves)
         running, self._running = self._running, []
@@ -255,11 +257,11 @@ class HFEngine:
         self._rows[here.row] = here
         return True
 
-    def _compact(self) -> Moves | None:
+    def _compact(self) -> Moves:
         """Running sessions trade rows with paused ones, to be decoded without gaps, when the gaps are too many."""
         count, height = len(self._running), self._running[-1].row + 1
         if count >= COMPACT_BELOW * height:
-            return None
+            return Moves()
         taken = {here.row for here in self._running}
         gaps = [row for row in range(count) if row not in taken]
         source, target, width = [], [], 0

@@ -64,9 +64,9 @@ class Session:
 class Moves:
     """Rows of the pool that change places."""
 
-    source: list[int]
-    target: list[int]
-    width: int  # tokens of each that matter
+    source: Sequence[int] = ()
+    target: Sequence[int] = ()
+    width: int = 0  # tokens of each that matter
 
 
 class Forward:
@@ -84,14 +84,17 @@ class Forward:
         """The next step begins with an empty pool. A step may still be under way: its result is lost."""
         self._is_cut_short = True
 
-    def step(self, running: Sequence[Session], moves: Moves | None) -> tuple[list[int], list[float]]:
+    def step(self, running: Sequence[Session], moves: Moves) -> tuple[list[int], list[float]]:
         """One more token for each of `running` (sorted by row), and its log-prob."""
         with torch.inference_mode():
             if self._is_cut_short:
                 self._pool = KVPool(max_rows=self._max_rows, max_tokens=self._context)
                 self._is_cut_short = False
-            self._pool.reserve(running[-1].row + 1, max(len(here.ids) for here in running))
-            if moves is not None:
+            self._pool.reserve(
+                rows=1 + max((running[-1].row, *moves.source, *moves.target)),
+                tokens=max((moves.width, *(len(here.ids) for here in running))),
+            )
+            if moves.source:
                 self._pool.copy(moves.source, moves.target, moves.width)
             self._prefill(running)
             return self._decode(running)
@@ -143,6 +146,8 @@ class Forward:
             torch.tensor([r.temperature for r in requests], device=logits.device),
             torch.from_numpy(draws).to(logits.device),
         )
+        if not logprobs.isfinite().all():
+            raise EngineError("the model's logits are not finite: its weights have diverged")
         return ids.tolist(), logprobs.tolist()
 
     def _inputs(self, rows: list[int] | None, pieces: list[list[int]], starts: list[int]) -> dict[str, object]:

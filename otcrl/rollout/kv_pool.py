@@ -7,6 +7,7 @@ long as the attention itself (64 rows of 300 tokens, 9 query heads on 3). `group
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +60,9 @@ class KVPool(Cache):
                 store[layer] = old.new_zeros(self._rows, old.shape[1], self._tokens, old.shape[3])
                 store[layer][: old.shape[0], :, : old.shape[2]] = old
 
-    def copy(self, source: list[int], target: list[int], width: int) -> None:
+    def copy(self, source: Sequence[int], target: Sequence[int], width: int) -> None:
         """The first `width` tokens of rows `source` [N] also in rows `target` [N]; swaps work."""
+        source, target = list(source), list(target)  # a tuple would index along other dimensions
         for store in (self._keys, self._values):
             for pool in store.values():
                 pool[target, :, :width] = pool[source, :, :width]

@@ -163,7 +163,7 @@ def _questions(name: str, kind: Kind, count: int, seed: int) -> Iterator[tuple[s
     try:
         from reasoning_gym.factory import DATASETS, create_dataset
     except ImportError as error:
-        raise ConfigError("arithmetic problems come from reasoning_gym: pip install reasoning-gym") from error
+        raise ConfigError("arithmetic problems come from reasoning_gym: pip install 'otcrl[reasoning]'") from error
     if kind.dataset not in DATASETS:
         raise ConfigError(
             f"kinds.{name}.dataset: reasoning_gym has no {kind.dataset!r}.{nearest(kind.dataset, DATASETS)}"
@@ -178,6 +178,10 @@ def _questions(name: str, kind: Kind, count: int, seed: int) -> Iterator[tuple[s
         raise ConfigError(f"kinds.{name}.options {dict(kind.options)}: {error}") from error
     for item in dataset:
         expression, answer = item["metadata"].get("expression"), item["answer"]
-        if expression is None or str(evaluate(expression)) != answer:
+        if expression is None:
+            raise DataError(
+                f"kinds.{name}: the questions of {kind.dataset} carry no `expression`; try chain_sum or products"
+            )
+        if str(evaluate(expression)) != answer:
             raise DataError(f"kinds.{name}: {kind.dataset} says that {expression!r} is {answer}, and it is not")
         yield expression, answer

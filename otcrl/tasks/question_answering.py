@@ -10,7 +10,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from typing import Literal, NamedTuple
 
 from otcrl.errors import ConfigError, DataError, nearest
@@ -34,6 +33,7 @@ class QuestionAnswering:
     test: Sequence[str] = ()  # the same, for evaluation
     max_train: int | None = None  # problems of each training source, a seeded subset; null: all
     max_test: int | None = None  # problems of each evaluation source; null: all
+    skip_bad_rows: bool = False  # True: go on without rows that hold no question or answer; False: stop at the first
     match: Literal["words", "math"] = (
         "words"  # words: Search-R1's exact match | math: the same mathematical object, by math-verify
     )
@@ -81,11 +81,14 @@ class QuestionAnswering:
 
     @cached_property
     def _train(self) -> list[Problem]:
-        return list(chain.from_iterable(read_problems(source, self.max_train, self.seed) for source in self.train))
+        return self._read(self.train, self.max_train)
 
     @cached_property
     def _test(self) -> list[Problem]:
-        return list(chain.from_iterable(read_problems(source, self.max_test, self.seed) for source in self.test))
+        return self._read(self.test, self.max_test)
+
+    def _read(self, sources: Sequence[str], limit: int | None) -> list[Problem]:
+        return [p for source in sources for p in read_problems(source, limit, self.seed, self.skip_bad_rows)]
 
     # -- demonstrations ------------------------------------------------------------------------------
 

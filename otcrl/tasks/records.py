@@ -1,13 +1,14 @@
 """Reading data sets: files or hub names to rows, rows to problems.
 
 Every way in which a data set can differ from what the config promised is a DataError that names the
-file, the row and what was expected; nothing is skipped or guessed.
+file, the row and what was expected; nothing is guessed, and nothing skipped unless asked.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import logging
 import random
 import re
 import zlib
@@ -19,6 +20,8 @@ from otcrl.errors import ConfigError, DataError, nearest
 from otcrl.types import Problem
 
 Row = Mapping[str, object]
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>\w+(\[[\w:%]+\])?))?")
@@ -41,23 +44,34 @@ def read_rows(source: str, required: Iterable[str] = ()) -> Iterator[dict[str, o
         raise DataError(f"{source} holds no rows.")
 
 
-def read_problems(source: str, limit: int | None = None, seed: int = 0) -> list[Problem]:
+def read_problems(source: str, limit: int | None = None, seed: int = 0, skip_bad_rows: bool = False) -> list[Problem]:
     """The problems of one file or hub data set, in its order; a seeded subset of `limit` where it has more.
 
     Rows are `{id, question, answers: [...]}`, `{id, question, answer}`, or Search-R1's parquet schema.
-    `Problem.id` is `source/split/id`; the other columns are kept in `meta`. Raises DataError.
+    `Problem.id` is `source/split/id`; the other columns are kept in `meta`. Raises DataError; rows that are
+    no problem are left out, and their number logged, only where the caller asks for it.
     """
     name, split = source_and_split(source)
-    problems = [
-        to_problem(row, name, split, position, where=f"{source}, row {position + 1}")
-        for position, row in enumerate(read_rows(source))
-    ]
+    problems, bad = [], []
+    for position, row in enumerate(read_rows(source)):
+        try:
+            problems.append(to_problem(row, name, split, position, where=f"{source}, row {position + 1}"))
+        except DataError as error:
+            if not skip_bad_rows:
+                raise DataError(f"{error} (skip_bad_rows=true goes on without such rows)") from error
+            bad.append(str(error))
+    if bad:
+        log.warning("%s: %d of %d rows left out, the first: %s", source, len(bad), len(bad) + len(problems), bad[0])
+    if not problems:
+        raise DataError(f"{source} holds no problem.")
     check_unique(problems, source)
-    if limit is None or limit >= len(problems):
-        return problems
+    return problems if limit is None else _subset(problems, limit, f"{seed}/{name}/{split}")
+
+
+def _subset(problems: list[Problem], limit: int, seed: str) -> list[Problem]:
     if limit < 1:
-        raise ConfigError(f"the most problems to take from {source} must be at least 1, got {limit}")
-    chosen = random.Random(f"{seed}/{source_and_split(source)}").sample(range(len(problems)), limit)
+        raise ConfigError(f"the most problems to take of a source must be at least 1, got {limit}")
+    chosen = random.Random(seed).sample(range(len(problems)), min(limit, len(problems)))
     return [problems[i] for i in sorted(chosen)]
 
 
@@ -153,6 +167,8 @@ def _answers(row: Row, where: str) -> tuple[str, ...]:
 def _as_answers(value: object, where: str) -> tuple[str, ...]:
     listed = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     texts = [str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item for item in listed]
+    if len(texts) > 2 and texts[0] == "[" and all(len(str(text)) == 1 for text in texts):  # seen in published files
+        raise DataError(f"{where} is one text that was split into characters: {''.join(map(str, texts))!r}")
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise DataError(f"{where} must be one text or a list of at least one text, got {value!r}")
     return tuple(str(text) for text in texts)
@@ -228,7 +244,7 @@ def _parquet_rows(path: Path) -> Iterator[object]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise ConfigError(f"{path} needs pyarrow: pip install 'otcrl[datasets]'") from error
+        raise ConfigError(f"{path} needs pyarrow: pip install 'otcrl[data]'") from error
     try:
         for batch in parquet.ParquetFile(path).iter_batches():
             yield from batch.to_pylist()
@@ -241,7 +257,7 @@ def _hub_rows(source: str) -> Iterator[object]:
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError(f"{source} is no file, and a hub data set needs: pip install 'otcrl[datasets]'") from error
+        raise ConfigError(f"{source} is no file, and a hub data set needs: pip install 'otcrl[data]'") from error
     match = _HUB_NAME.fullmatch(source)
     name, split = (match["name"], match["split"] or "train") if match else (source, "train")
     try:

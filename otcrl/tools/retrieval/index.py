@@ -70,7 +70,7 @@ class PassageFile:
 class Index:
     """Passages and their vectors."""
 
-    vectors: faiss.IndexFlatIP
+    vectors: faiss.Index  # flat, inner product
     passages: Passages
     encoder: Encoder
 

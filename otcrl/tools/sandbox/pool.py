@@ -95,7 +95,10 @@ class Zygote:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ensure(self) -> None:
-        """Alive and tried out, started anew where it is not. Raises ToolUnavailable, or ConfigError for a bad preload."""
+        """Alive and tried out, started anew where it is not.
+
+        Raises ToolUnavailable, or ConfigError for a bad preload.
+        """
         if self._process is not None and self._process.poll() is None:
             return
         why = ""
@@ -137,7 +140,7 @@ class Zygote:
         timeout_s = request["timeout_s"]
         assert isinstance(timeout_s, int | float)
         reply = self._receive(timeout_s + GRACE_S)
-        return Execution(**reply | {"state": State(reply["state"])})
+        return Execution(State(reply.pop("state")), **reply)
 
     def _receive(self, timeout_s: float) -> dict:
         deadline = time.monotonic() + timeout_s
@@ -248,6 +251,11 @@ class Pool:
             raise ToolUnavailable("the Python sandbox is closed")
         zygote.ensure()
 
+    def _replaced(self, zygote: Zygote, state: State) -> Execution:
+        zygote.kill()
+        self._ensure(zygote)
+        return Execution(state)
+
     def _run(self, request: dict[str, object]) -> Execution:
         zygote = self._idle.get()
         try:
@@ -259,15 +267,10 @@ class Pool:
                         zygote.kill()
                     return execution
                 except TimeoutError:
-                    state = State.TIMEOUT
-                    break
+                    return self._replaced(zygote, State.TIMEOUT)
                 except ZygoteDied:
-                    state = State.KILLED
-                    zygote.kill()
-                    self._ensure(zygote)
-            zygote.kill()
-            self._ensure(zygote)
-            return Execution(state)
+                    self._replaced(zygote, State.KILLED)
+            return Execution(State.KILLED)
         finally:
             self._idle.put(zygote)
 

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import io
 import json
 import linecache
 import math
@@ -78,17 +79,19 @@ def limit_self(request: dict, baseline_bytes: int) -> None:
     """Lower this process's limits; memory counts on top of what the warmed interpreter already maps."""
     memory = baseline_bytes + (request["memory_mb"] << 20)
     cpu_s = math.ceil(request["timeout_s"]) + 1
-    limits = {
+    file_bytes = request["scratch_mb"] << 20
+    limits: dict[int, tuple[int, int]] = {
         resource.RLIMIT_AS: (memory, memory + LAST_WORDS_BYTES),
         resource.RLIMIT_CPU: (cpu_s, cpu_s + 1),
-        resource.RLIMIT_FSIZE: (request["scratch_mb"] << 20,) * 2,
-        resource.RLIMIT_NPROC: (MAX_PROCESSES,) * 2,  # the kernel exempts root, hence also `overuse`
-        resource.RLIMIT_NOFILE: (MAX_OPEN_FILES,) * 2,
+        resource.RLIMIT_FSIZE: (file_bytes, file_bytes),
+        resource.RLIMIT_NPROC: (MAX_PROCESSES, MAX_PROCESSES),  # the kernel exempts root, hence also `overuse`
+        resource.RLIMIT_NOFILE: (MAX_OPEN_FILES, MAX_OPEN_FILES),
         resource.RLIMIT_CORE: (0, 0),
     }
-    for which, wanted in limits.items():
+    for which, (soft, hard) in limits.items():
         ceiling = resource.getrlimit(which)[1]
-        soft, hard = wanted if ceiling == resource.RLIM_INFINITY else (min(limit, ceiling) for limit in wanted)
+        if ceiling != resource.RLIM_INFINITY:
+            soft, hard = min(soft, ceiling), min(hard, ceiling)
         resource.setrlimit(which, (soft, hard))
     libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # the zygote is not; only so is the next line allowed
     with contextlib.suppress(OSError):
@@ -101,7 +104,9 @@ def users_traceback(error: BaseException) -> str:
     """The traceback with the program's own frames only: no worker, no library, no chained exceptions."""
     report = traceback.TracebackException(type(error), error, error.__traceback__)
     own = [frame for frame in report.stack if frame.filename == FILE]
-    report.stack = traceback.StackSummary.from_list([(f.filename, f.lineno, f.name, f.line) for f in own])
+    for frame in own:
+        frame.colno = frame.end_colno = None  # no carets
+    report.stack = traceback.StackSummary.from_list(own)
     report.__cause__ = report.__context__ = None
     lines = list(report.format())
     return "".join(lines if own else lines[1:] if lines[0].startswith("Traceback") else lines)
@@ -337,6 +342,7 @@ def main() -> None:
     os.dup2(2, 1)  # what a preloaded module prints is no reply
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # pid 1 without a handler cannot be interrupted from inside
     sys.path.extend(config["paths"])
+    assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(line_buffering=True)  # what was printed before the time limit is shown
     site.setquit()  # `exit()` and `quit()`
     for name in config["preload"]:

@@ -1,0 +1,299 @@
+"""The update is what the formulas say, however the work is split, and whatever stands in an observation."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from otcrl.algos.grpo import GRPO
+from otcrl.algos.ppo import PPO
+from otcrl.errors import TrainingError
+from otcrl.learner.learner import Learner, Optimizer
+from otcrl.models.critic import Critic
+from otcrl.models.policy import token_logprobs
+from otcrl.models.tiny import TinyLlama
+from otcrl.protocols import Algorithm
+from otcrl.types import Batch
+
+WORDS = [f"w{i}" for i in range(20)]
+POLICY = TinyLlama(width=16, layers=2, heads=2, ff_width=24, context=64).load(WORDS, seed=0)[0].double()
+SGD_LIKE = Optimizer(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=0, final_lr_share=1.0)
+
+
+def grpo(**other) -> GRPO:
+    settings = {
+        "normalize": True, "std_floor": 0.0, "keep_sign": False, "clip_low": 0.2, "clip_high": 0.2,
+        "kl_coef": 0.01, "entropy_coef": 0.01, "weighting": "sequence",
+    }  # fmt: skip
+    return GRPO(**settings | other)
+
+
+def ppo(**other) -> PPO:
+    settings = {
+        "gamma": 0.99, "lam": 0.95, "clip_low": 0.2, "clip_high": 0.2, "value_clip": 0.5, "value_coef": 0.5,
+        "kl_reward_coef": 0.01, "kl_loss_coef": 0.01, "entropy_coef": 0.01, "weighting": "token",
+    }  # fmt: skip
+    return PPO(**settings | other)
+
+
+ALGORITHMS = pytest.mark.parametrize(
+    "algo",
+    [grpo(), grpo(kl_coef=0.0, entropy_coef=0.0), ppo()],
+    ids=["grpo", "grpo-without-kl", "ppo"],
+)
+
+
+def make_learner(algo: Algorithm, **other) -> Learner:
+    torch.manual_seed(1)
+    policy = copy.deepcopy(POLICY)
+    reference = copy.deepcopy(POLICY)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    critic = Critic(POLICY) if algo.needs_critic else None
+    if critic is not None:
+        torch.nn.init.normal_(critic.head.weight, std=0.3)
+    settings = {
+        "steps": 10, "seed": 0, "temperature": 0.7, "policy_optimizer": SGD_LIKE, "critic_optimizer": SGD_LIKE,
+        "epochs": 1, "minibatch_size": 0, "micro_tokens": 10_000, "max_grad_norm": 1e9, "old_logprobs": "recompute",
+        "autocast": None,
+    }  # fmt: skip
+    reference = reference if algo.needs_reference else None
+    return Learner(policy=policy, reference=reference, critic=critic, **settings | other)
+
+
+def random_batch(seed: int = 0, rows: int = 8, columns: int = 14) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(6, columns + 1, (rows,), generator=g)
+    attention = torch.arange(columns) < lengths[:, None]
+    action = (torch.rand(rows, columns, generator=g) > 0.5) & attention
+    action[:, :2] = False
+    action[:, 3] = True
+    return Batch(
+        token_ids=torch.randint(4, 24, (rows, columns), generator=g) * attention,
+        attention_mask=attention,
+        action_mask=action,
+        sampler_logprobs=-torch.rand(rows, columns, generator=g) * action,
+        rewards=torch.randint(0, 3, (rows,), generator=g) / 2,
+        group_ids=torch.arange(rows) // 4,
+    )
+
+
+def gradients(learner: Learner, batch: Batch, algo: Algorithm) -> Tensor:
+    """The gradient of the first mini-batch, before clipping and stepping, as one vector."""
+    scores = learner.score(batch)
+    learner._accumulate(batch, scores, algo.targets(batch, scores), algo)
+    modules = [learner.policy, *([learner.critic] if learner.critic is not None else [])]
+    return torch.cat([p.grad.flatten() for m in modules for p in m.parameters() if p.grad is not None])
+
+
+@ALGORITHMS
+@pytest.mark.parametrize("micro_tokens", [1, 30, 60], ids=["one-by-one", "pairs", "fours"])
+def test_any_micro_batch_split_gives_the_same_gradient(algo, micro_tokens):
+    batch = random_batch()
+    whole = gradients(make_learner(algo), batch, algo)
+    split = gradients(make_learner(algo, micro_tokens=micro_tokens), batch, algo)
+    assert torch.allclose(whole, split, atol=1e-7, rtol=1e-5)
+    assert whole.abs().max() > 1e-3
+
+
+def test_leaving_out_rows_without_advantage_changes_nothing():
+    batch = random_batch()
+    batch = replace(batch, rewards=torch.tensor([0.5] * 4 + [0.0, 1.0, 0.0, 1.0]))  # the first group agrees
+
+    class Keeps(GRPO):
+        only_advantages_matter = False
+
+    algo = grpo(kl_coef=0.0, entropy_coef=0.0)
+    keeps = Keeps(**{name: getattr(algo, name) for name in algo.__dataclass_fields__})
+    assert algo.only_advantages_matter
+    assert torch.allclose(gradients(make_learner(algo), batch, algo), gradients(make_learner(keeps), batch, keeps))
+
+
+@ALGORITHMS
+def test_nothing_that_stands_off_the_actions_reaches_a_gradient(algo):
+    batch = random_batch()
+    off = ~batch.action_mask
+    noisy = replace(batch, sampler_logprobs=torch.where(off, torch.randn(off.shape), batch.sampler_logprobs))
+    learner, again = make_learner(algo, old_logprobs="sampler"), make_learner(algo, old_logprobs="sampler")
+    assert torch.equal(gradients(learner, batch, algo), gradients(again, noisy, algo))
+
+
+@ALGORITHMS
+def test_observation_tokens_after_the_last_action_change_no_gradient(algo):
+    batch = random_batch()
+    action, ids = batch.action_mask.clone(), batch.token_ids.clone()
+    action[:, 8:] = False  # from column 8 on everything is observation
+    batch = replace(batch, action_mask=action)
+    changed = ids.clone()
+    changed[:, 8:] = torch.randint(4, 24, changed[:, 8:].shape, generator=torch.Generator().manual_seed(5))
+    a = gradients(make_learner(algo), batch, algo)
+    b = gradients(make_learner(algo), replace(batch, token_ids=changed), algo)
+    assert torch.allclose(a, b, atol=1e-10)
+
+
+@ALGORITHMS
+def test_values_and_reference_at_observation_tokens_change_no_target(algo):
+    learner, batch = make_learner(algo), random_batch()
+    scores = learner.score(batch)
+    off = ~batch.action_mask
+    noisy = replace(
+        scores,
+        values=torch.where(off, torch.full_like(scores.values, 9.0), scores.values),
+        ref_logprobs=torch.where(off, torch.full_like(scores.values, -9.0), scores.ref_logprobs),
+    )
+    clean, dirty = algo.targets(batch, scores), algo.targets(batch, noisy)
+    assert torch.equal(clean.advantages, dirty.advantages)
+    assert torch.equal(clean.returns, dirty.returns)
+    assert (clean.advantages[off] == 0).all()
+
+
+def test_grpo_loss_is_eq_3_written_out_in_loops():
+    algo, batch = grpo(entropy_coef=0.0), random_batch(3)
+    learner = make_learner(algo, temperature=1.0)
+    scores = learner.score(batch)
+    old = scores.old_logprobs + 0.3 * torch.randn(scores.old_logprobs.shape, generator=torch.Generator().manual_seed(1))
+    scores = replace(scores, old_logprobs=old)
+    sums = learner._accumulate(batch, scores, algo.targets(batch, scores), algo)
+
+    total = 0.0
+    for b in range(8):
+        group = [batch.rewards[i].item() for i in range(8) if batch.group_ids[i] == batch.group_ids[b]]
+        mean = sum(group) / 4
+        std = (sum((r - mean) ** 2 for r in group) / 3) ** 0.5
+        advantage = (batch.rewards[b].item() - mean) / (std + 1e-6)
+        log_softmax = POLICY(batch.token_ids[b : b + 1]).logits[0].log_softmax(-1)
+        terms = []
+        for t in batch.action_mask[b].nonzero().flatten().tolist():
+            new = log_softmax[t - 1, batch.token_ids[b, t]].item()
+            ratio = 2.718281828459045 ** (new - old[b, t].item())
+            surrogate = min(ratio * advantage, max(0.8, min(1.2, ratio)) * advantage)
+            gap = scores.ref_logprobs[b, t].item() - new
+            terms.append(-surrogate + 0.01 * (2.718281828459045**gap - gap - 1))
+        total += sum(terms) / len(terms) / 8
+    assert sums["loss"] == pytest.approx(total, abs=1e-5)
+
+
+def test_ppo_loss_is_written_out_in_loops():
+    algo, batch = ppo(entropy_coef=0.0, kl_loss_coef=0.0), random_batch(4)
+    learner = make_learner(algo, temperature=1.0)
+    scores = learner.score(batch)
+    targets = algo.targets(batch, scores)
+    sums = learner._accumulate(batch, scores, targets, algo)
+
+    advantages, returns = {}, {}
+    for b in range(8):
+        acts = batch.action_mask[b].nonzero().flatten().tolist()
+        reward = {
+            t: -0.01 * (scores.old_logprobs[b, t] - scores.ref_logprobs[b, t]).item()
+            + (batch.rewards[b].item() if t == acts[-1] else 0.0)
+            for t in acts
+        }
+        running, next_value = 0.0, 0.0
+        for t in reversed(acts):
+            value = scores.values[b, t].item()
+            running = reward[t] + 0.99 * next_value - value + 0.99 * 0.95 * running
+            advantages[b, t], returns[b, t], next_value = running, running + value, value
+    mean = sum(advantages.values()) / len(advantages)
+    std = (sum((a - mean) ** 2 for a in advantages.values()) / (len(advantages) - 1)) ** 0.5
+    # new policy and values are the old ones, so the ratio is 1 and the value loss is unclipped
+    total = 0.0
+    for (b, t), a in advantages.items():
+        total += -(a - mean) / std + 0.5 * 0.5 * (scores.values[b, t].item() - returns[b, t]) ** 2
+    assert sums["loss"] == pytest.approx(total / len(advantages), abs=1e-5)
+
+
+@ALGORITHMS
+def test_the_gradient_is_the_finite_difference_of_the_loss(algo):
+    batch, learner = random_batch(), make_learner(algo)
+    scores = learner.score(batch)
+    old = scores.old_logprobs + 0.05 * batch.action_mask
+    scores = replace(scores, old_logprobs=old.double())
+    targets = algo.targets(batch, scores)
+    learner._accumulate(batch, scores, targets, algo)
+    weight = learner.policy.get_parameter("model.layers.0.mlp.up_proj.weight")
+    assert weight.grad is not None
+    slope = weight.grad[2, 3].item()
+
+    def loss(nudge: float) -> float:
+        with torch.no_grad():
+            weight[2, 3] += nudge
+        found = learner._accumulate(batch, scores, targets, algo)["loss"]
+        with torch.no_grad():
+            weight[2, 3] -= nudge
+        return found
+
+    assert slope == pytest.approx((loss(1e-3) - loss(-1e-3)) / 2e-3, rel=2e-2, abs=1e-5)
+
+
+def test_log_probs_and_entropy_match_a_plain_softmax():
+    batch = random_batch()
+    logprobs, entropy = token_logprobs(POLICY, batch.token_ids, batch.action_mask, temperature=0.7)
+    full = (POLICY(batch.token_ids).logits / 0.7).log_softmax(-1)
+    for b, t in batch.action_mask.nonzero().tolist():
+        assert logprobs[b, t].item() == pytest.approx(full[b, t - 1, batch.token_ids[b, t]].item(), abs=1e-5)
+        assert entropy[b, t].item() == pytest.approx(-(full[b, t - 1].exp() * full[b, t - 1]).sum().item(), abs=1e-5)
+    assert (logprobs[~batch.action_mask] == 0).all()
+
+
+def test_a_loss_that_is_not_finite_stops_before_any_weight_changes():
+    algo = grpo()
+    learner, batch = make_learner(algo), random_batch()
+    before = [p.clone() for p in learner.policy.parameters()]
+    poisoned = replace(batch, rewards=torch.tensor([float("nan")] + [0.0] * 7))
+    scores = learner.score(poisoned)
+    with pytest.raises(TrainingError, match=r"loss is nan at step 4, mini-batch 0 \(rows \["):
+        learner.update(4, poisoned, scores, algo.targets(poisoned, scores), algo)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.parameters(), strict=True))
+
+
+def test_policy_and_critic_are_clipped_and_stepped_apart():
+    algo = ppo()
+    learner, batch = make_learner(algo), random_batch()
+    scores = learner.score(batch)
+    metrics = learner.update(0, batch, scores, algo.targets(batch, scores), algo)
+    assert metrics["update/policy_grad_norm"] > 0
+    assert metrics["update/critic_grad_norm"] > 0
+    assert set(learner.optimizers) == {"policy", "critic"}
+
+
+def test_an_untrained_critic_says_nothing_and_never_sees_the_token_it_values():
+    critic, ids = Critic(POLICY), random_batch().token_ids
+    assert (critic(ids) == 0).all()
+    torch.nn.init.normal_(critic.head.weight)
+    changed = ids.clone()
+    changed[:, 5] = 4
+    assert torch.allclose(critic(ids)[:, :6], critic(changed)[:, :6])
+
+
+def test_mini_batches_cover_every_row_once_an_epoch_in_a_seeded_order():
+    learner = make_learner(grpo(), minibatch_size=3, epochs=2)
+    first = [i.tolist() for i in learner._minibatches(5, 8)]
+    assert [len(i) for i in first] == [3, 3, 2] * 2
+    assert sorted(sum(first[:3], [])) == list(range(8))
+    assert first == [i.tolist() for i in learner._minibatches(5, 8)]
+    assert first != [i.tolist() for i in learner._minibatches(6, 8)]
+
+
+def test_rates_warm_up_and_decay():
+    optimizer = Optimizer(lr=1.0, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=2, final_lr_share=0.5)
+    assert [optimizer.rate(s, 4) for s in range(4)] == pytest.approx([0.5, 0.875, 0.75, 0.625])
+
+
+def test_the_state_of_the_optimizers_and_the_critic_survives():
+    algo, batch = ppo(), random_batch()
+    learner = make_learner(algo)
+    scores = learner.score(batch)
+    learner.update(0, batch, scores, algo.targets(batch, scores), algo)
+    again = make_learner(algo)
+    again.policy.load_state_dict(learner.policy.state_dict())
+    again.load_state_dict(learner.state_dict())
+    metrics = []
+    for each in (learner, again):
+        scores = each.score(batch)
+        metrics.append(each.update(1, batch, scores, algo.targets(batch, scores), algo))
+    assert metrics[0] == metrics[1]

@@ -1,0 +1,222 @@
+"""One trajectory, turn by turn: what is an action, what is counted, and when it is over."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+
+import pytest
+from torch import Tensor
+
+from otcrl.dialects.search_r1 import SearchR1
+from otcrl.errors import DataError, ToolUnavailable
+from otcrl.models.tiny import word_tokenizer
+from otcrl.protocols import Completion, ToolResult
+from otcrl.rollout.collect import Collector, stable_seed
+from otcrl.rollout.loop import Limits, Player
+from otcrl.types import Outcome, Problem, Stop, Trajectory, count_calls
+
+WORDS = "who ? a b c <search> </search> <answer> </answer> <information> </information> Error:".split()
+TOKENIZER = word_tokenizer(WORDS)
+DIALECT = SearchR1(
+    instructions="{question}", observation_template=" <information> {result} </information> ", require_think=False
+)
+PROBLEM = Problem(id="toy/train/0", question="who ?", answers=("b",), source="toy")
+LIMITS = Limits(
+    max_calls=2, max_turns=5, max_tokens=60, max_turn_tokens=10, max_observation_tokens=3, tool_timeout_s=0.2
+)
+CALL, ANSWER = "<search> a </search>", "<answer> b </answer>"
+
+
+class Script:
+    """An engine that says its lines in order, whatever it is asked."""
+
+    version, context = 3, 64
+
+    def __init__(self, *lines: str, finished: bool = True) -> None:
+        self.lines, self.finished = list(lines), finished
+        self.prompts: list[list[int]] = []
+        self.seeds: list[int] = []
+        self.released: list[str] = []
+
+    async def generate(
+        self, token_ids: Sequence[int], *, stop: Sequence[str], max_tokens: int, temperature: float, seed: int, session: str
+    ) -> Completion:
+        self.prompts.append(list(token_ids))
+        self.seeds.append(seed)
+        ids = TOKENIZER.encode(self.lines.pop(0))[:max_tokens]
+        return Completion(ids, [-0.25] * len(ids), [self.version] * len(ids), self.finished)
+
+    def release(self, session: str) -> None:
+        self.released.append(session)
+
+    async def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class Search:
+    name, description = "search", "finds"
+
+    def __init__(self, result: str = "b", outcome: Outcome = Outcome.OK, error: str = "", seconds: float = 0) -> None:
+        self.result, self.outcome, self.error, self.seconds, self.asked = result, outcome, error, seconds, []
+
+    async def run(self, arguments: str) -> ToolResult:
+        self.asked.append(arguments)
+        await asyncio.sleep(self.seconds)
+        if self.error:
+            raise ToolUnavailable(self.error)
+        return ToolResult(self.result, self.outcome)
+
+    async def close(self) -> None: ...
+
+
+def play(engine: Script, tool: Search | None = None, problem: Problem = PROBLEM, opening: str = "") -> Trajectory:
+    tool = tool or Search()
+    player = Player(engine=engine, tokenizer=TOKENIZER, dialect=DIALECT, tools={"search": tool}, limits=LIMITS)
+    return asyncio.run(player.play(problem, temperature=1.0, seed=7, session="s", opening=opening))
+
+
+def actions(t: Trajectory) -> list[str]:
+    return [TOKENIZER.decode([i]) for i, is_action in zip(t.token_ids, t.action_mask, strict=True) if is_action]
+
+
+def injected(t: Trajectory) -> list[str]:
+    return [TOKENIZER.decode([i]) for i, is_action in zip(t.token_ids, t.action_mask, strict=True) if not is_action]
+
+
+def test_sampled_tokens_are_actions_and_nothing_else_is():
+    t = play(Script(CALL, ANSWER))
+    assert actions(t) == f"{CALL} {ANSWER}".split()
+    assert injected(t) == "<bos> who ? <information> b </information>".split()
+    assert [lp != 0 for lp in t.logprobs] == t.action_mask
+    assert t.versions == [3 if acted else -1 for acted in t.action_mask]
+
+
+def test_every_turn_continues_the_very_tokens_of_the_last():
+    engine = Script(CALL, CALL, ANSWER)
+    t = play(engine)
+    for earlier, later in zip(engine.prompts, engine.prompts[1:], strict=False):
+        assert later[: len(earlier)] == earlier
+    assert t.token_ids[: len(engine.prompts[-1])] == engine.prompts[-1]
+
+
+def test_the_answer_ends_it_and_is_read_from_sampled_text():
+    t = play(Script(CALL, ANSWER))
+    assert (t.stop, t.answer, t.violations) == (Stop.ANSWERED, "b", ())
+
+
+def test_an_answer_in_an_observation_earns_nothing():
+    t = play(Script(CALL, "c"), Search(result="<answer> b </answer>"))
+    assert t.answer is None
+    assert t.stop is Stop.INVALID
+
+
+def test_an_answer_in_the_prompt_earns_nothing():
+    t = play(Script("c"), problem=Problem(id="x/y/z", question="<answer> b </answer> ?", answers=("b",), source="x"))
+    assert t.answer is None
+
+
+def test_a_call_beyond_the_budget_is_counted_as_emitted_and_not_run():
+    tool = Search()
+    t = play(Script(CALL, CALL, CALL), tool)
+    assert (t.stop, len(tool.asked)) == (Stop.MAX_CALLS, 2)
+    assert (count_calls(t, "emitted"), count_calls(t, "well_formed"), count_calls(t, "executed")) == (3, 2, 2)
+
+
+def test_a_failed_call_is_an_observation_and_counts():
+    t = play(Script(CALL, ANSWER), Search(result="Error: c", outcome=Outcome.MODEL_ERROR))
+    assert (t.stop, count_calls(t, "well_formed"), count_calls(t, "failed"), count_calls(t, "executed")) == (
+        Stop.ANSWERED, 1, 1, 0,
+    )  # fmt: skip
+
+
+def test_a_malformed_call_gets_an_error_observation_and_another_turn():
+    tool = Search()
+    t = play(Script("a </search>", ANSWER), tool)
+    assert (t.stop, tool.asked) == (Stop.ANSWERED, [])
+    assert (count_calls(t, "invalid"), count_calls(t, "well_formed")) == (1, 0)
+    assert "Error:" in injected(t)
+    assert t.violations  # so that a malformed trajectory earns no correctness reward
+
+
+def test_malformed_turns_are_limited_too():
+    assert play(Script(*["a </search>"] * 5)).stop is Stop.MAX_TURNS
+
+
+def test_a_completion_that_was_cut_is_over_and_gives_no_answer():
+    t = play(Script(ANSWER, finished=False))
+    assert (t.stop, t.answer) == (Stop.MAX_TOKENS, None)
+
+
+def test_observations_are_cut_to_their_limit():
+    t = play(Script(CALL, ANSWER), Search(result="a b c a b c"))
+    assert injected(t)[3:] == "<information> a b c </information>".split()
+
+
+def test_a_tool_that_is_down_makes_the_trajectory_void():
+    t = play(Script(CALL), Search(error="connection refused"))
+    assert t.stop is Stop.VOID
+    assert t.tool_calls[0].outcome is Outcome.INFRA_ERROR
+    assert t.tool_calls[0].result == "connection refused"
+    assert count_calls(t, "well_formed") == 0
+
+
+def test_a_tool_that_does_not_answer_in_time_is_down():
+    t = play(Script(CALL), Search(seconds=5))
+    assert t.stop is Stop.VOID
+    assert "did not answer within 0.2 s" in t.tool_calls[0].result
+
+
+def test_a_forced_opening_is_injected_and_read_with_what_follows():
+    t = play(Script("b </answer>"), opening="<answer>")
+    assert t.answer == "b"
+    assert actions(t) == ["b", "</answer>"]
+
+
+def test_the_session_is_released_even_when_the_engine_fails():
+    engine = Script()
+    with pytest.raises(IndexError):
+        play(engine)
+    assert engine.released == ["s"]
+
+
+def test_a_problem_without_a_question_is_refused_by_name():
+    with pytest.raises(DataError, match="'toy/train/9' has an empty prompt"):
+        play(Script(ANSWER), problem=Problem(id="toy/train/9", question="  ", answers=("b",), source="toy"))
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers():
+    long = Problem(id="toy/train/1", question="a " * 100, answers=("b",), source="toy")
+    with pytest.raises(DataError, match="prompt of 101 tokens, and the context is 64"):
+        play(Script(ANSWER), problem=long)
+
+
+def collector(engine: Script, seed: int = 0) -> Collector:
+    player = Player(engine=engine, tokenizer=TOKENIZER, dialect=DIALECT, tools={"search": Search()}, limits=LIMITS)
+    return Collector(player=player, group_size=3, temperature=1.0, concurrency=2, seed=seed)
+
+
+def test_groups_hold_the_trajectories_of_one_problem_in_order():
+    other = Problem(id="toy/train/1", question="who ?", answers=("b",), source="toy")
+    groups = asyncio.run(collector(Script(*[ANSWER] * 6)).groups([PROBLEM, other], step=0))
+    assert [[t.problem.id for t in g] for g in groups] == [["toy/train/0"] * 3, ["toy/train/1"] * 3]
+
+
+def test_every_trajectory_has_a_seed_of_its_own_fixed_by_run_step_and_place():
+    def seeds(step: int, seed: int = 0) -> list[int]:
+        engine = Script(*[ANSWER] * 3)
+        asyncio.run(collector(engine, seed).groups([PROBLEM], step))
+        return engine.seeds
+
+    assert len(set(seeds(0))) == 3
+    assert seeds(0) == seeds(0)
+    assert not set(seeds(0)) & set(seeds(1))
+    assert not set(seeds(0)) & set(seeds(0, seed=1))
+    assert 0 <= stable_seed(0, "x") < 2**63
+
+
+def test_progress_is_told_for_every_trajectory():
+    told: list[tuple[int, int]] = []
+    asyncio.run(collector(Script(*[ANSWER] * 3)).groups([PROBLEM], 0, lambda done, total: told.append((done, total))))
+    assert told == [(1, 3), (2, 3), (3, 3)]

@@ -1,0 +1,376 @@
+"""The sandbox against programs that try to get out, stay, or take everything. All real: nothing is simulated."""
+
+import asyncio
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from otcrl.errors import ConfigError, ToolUnavailable
+from otcrl.tools.sandbox.pool import Execution, Pool, State
+
+LIMITS = {"timeout_s": 5.0, "memory_mb": 128, "max_bytes": 8000}
+
+
+def has_bubblewrap() -> bool:
+    pool = Pool(1, ["math"], "bubblewrap")
+    try:
+        asyncio.run(pool.start())
+    except ToolUnavailable:
+        return False
+    finally:
+        asyncio.run(pool.close())
+    return True
+
+
+pytestmark = pytest.mark.skipif(not has_bubblewrap(), reason="bubblewrap cannot make namespaces here")
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    shared = Pool(1, ["math"], "bubblewrap")
+    yield shared
+    asyncio.run(shared.close())
+
+
+def run(pool: Pool, code: str, **limits: float) -> Execution:
+    return asyncio.run(pool.run(code, **LIMITS | limits))  # type: ignore[arg-type]
+
+
+def fails(pool: Pool, code: str) -> str:
+    """Its error message; the program must fail."""
+    done = run(pool, code)
+    assert done.state is State.ERROR, done
+    return done.stderr
+
+
+# -- what a program sees ------------------------------------------------------------------------------
+
+
+def test_what_is_printed_comes_back(pool: Pool):
+    assert run(pool, "print('héllo')").stdout == "héllo\n"
+
+
+def test_the_last_expression_is_the_value(pool: Pool):
+    assert run(pool, "x = 6\nx * 7").value == "42"
+
+
+def test_none_is_no_value(pool: Pool):
+    assert run(pool, "None").value == ""
+
+
+def test_a_traceback_shows_the_programs_frames_only(pool: Pool):
+    assert run(pool, "import json\ndef f():\n    json.loads('{')\nf()").stderr == (
+        "Traceback (most recent call last):\n"
+        '  File "<code>", line 4, in <module>\n    f()\n'
+        '  File "<code>", line 3, in f\n    json.loads(\'{\')\n'
+        "json.decoder.JSONDecodeError: "
+        "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)\n"
+    )
+
+
+def test_a_syntax_error_names_the_line(pool: Pool):
+    assert 'File "<code>", line 2' in fails(pool, "x = 1\ny = = 2")
+
+
+@pytest.mark.parametrize(("code", "state"), [("exit()", State.OK), ("exit(0)", State.OK), ("exit(3)", State.ERROR)])
+def test_exit_codes_decide(pool: Pool, code: str, state: State):
+    assert run(pool, code).state is state
+
+
+def test_input_finds_an_empty_stdin(pool: Pool):
+    assert "EOFError" in fails(pool, "input()")
+
+
+def test_threads_are_waited_for(pool: Pool):
+    code = "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.1), print('late'))).start()"
+    assert run(pool, code).stdout == "late\n"
+
+
+def test_the_same_program_prints_the_same(pool: Pool):
+    code = "import random\nprint(random.random(), {'a', 'b', 'c', 'd'})"
+    assert run(pool, code).stdout == run(pool, code).stdout
+
+
+def test_only_the_ends_of_a_flood_are_kept(pool: Pool):
+    done = run(pool, "print('first'); print('x' * 10_000_000); print('last')", max_bytes=1000)
+    assert done.stdout.startswith("first\n")
+    assert done.stdout.endswith("x\nlast\n")
+    assert len(done.stdout) == 2000
+    assert done.dropped == 6 + 10_000_001 + 5 - 2000
+
+
+# -- what it cannot see -------------------------------------------------------------------------------
+
+
+def test_there_is_no_network(pool: Pool):
+    assert "Network is unreachable" in fails(pool, "import socket\nsocket.create_connection(('1.1.1.1', 53), 2)")
+
+
+def test_the_hosts_loopback_is_another_one(pool: Pool):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert "refused" in fails(pool, f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)")
+
+
+@pytest.mark.parametrize("path", ["/etc/shadow", "/etc/passwd", __file__, str(Path.home()), "/home", "/var", "/sys"])
+def test_host_files_are_not_there(pool: Pool, path: str):
+    assert "FileNotFoundError" in fails(pool, f"import os\nos.stat({path!r})")
+
+
+@pytest.mark.parametrize("path", ["/x", "/usr/lib/x", "/python/lib/x", "/dev/x", "/packages/x", "/proc/sys/x"])
+def test_nothing_outside_tmp_is_writable(pool: Pool, path: str):
+    message = fails(pool, f"open({path!r}, 'w')")
+    assert "Read-only" in message or "No such file" in message
+
+
+def test_nothing_of_the_kernel_is_writable(pool: Pool):
+    """Owned by root, so open to a sandbox that root started, were it not masked."""
+    code = """
+import os
+for folder, folders, files in os.walk("/proc"):
+    folders[:] = [f for f in folders if not f.isdigit() and "self" not in f]
+    for name in files:
+        try:
+            os.close(os.open(os.path.join(folder, name), os.O_WRONLY))
+            print(folder, name)
+        except OSError:
+            pass
+"""
+    assert run(pool, code).stdout == ""
+
+
+def test_the_environment_holds_nothing_of_the_host(pool: Pool):
+    names = set(run(pool, "import os\nprint(*os.environ)").stdout.split())
+    threads = {"OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"}
+    assert names - threads == {
+        "PATH", "HOME", "LANG", "PWD", "LD_LIBRARY_PATH", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE",
+    }  # fmt: skip
+
+
+def test_other_processes_are_out_of_sight(pool: Pool):
+    assert run(pool, "import os\nprint(len([p for p in os.listdir('/proc') if p.isdigit()]))").stdout == "2\n"
+
+
+def test_there_is_no_shell(pool: Pool):
+    assert "FileNotFoundError" in fails(pool, "import subprocess\nsubprocess.run(['/bin/sh', '-c', 'true'])")
+
+
+def test_no_capability_is_left(pool: Pool):
+    lines = run(pool, "print(open('/proc/self/status').read())").stdout.splitlines()
+    assert {line.split()[1] for line in lines if line.startswith("Cap")} == {"0" * 16}
+    assert "NoNewPrivs:\t1" in lines
+
+
+def test_no_new_user_namespace_can_be_made(pool: Pool):
+    assert run(pool, "import ctypes\nprint(ctypes.CDLL(None).unshare(0x10000000))").stdout == "-1\n"
+
+
+def test_only_preloaded_packages_exist():
+    numpy = Pool(1, ["numpy"], "bubblewrap")
+    try:
+        assert run(numpy, "import numpy\nprint(numpy.arange(3).sum())").stdout == "3\n"
+        assert "ModuleNotFoundError" in fails(numpy, "import torch")
+    finally:
+        asyncio.run(numpy.close())
+
+
+# -- what it cannot take ------------------------------------------------------------------------------
+
+
+def test_an_endless_loop_ends_at_the_limit(pool: Pool):
+    start = time.monotonic()
+    done = run(pool, "print('before')\nwhile True: pass", timeout_s=0.5)
+    assert done.state is State.TIMEOUT
+    assert done.stdout == "before\n"
+    assert time.monotonic() - start < 3
+    assert run(pool, "1 + 1").value == "2"
+
+
+def test_catching_everything_does_not_outlive_the_limit(pool: Pool):
+    code = "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, lambda *a: None)\n    except OSError: pass\n"
+    assert run(pool, code + "while True: pass", timeout_s=0.3).state is State.TIMEOUT
+
+
+def test_a_memory_hog_gets_a_memory_error(pool: Pool):
+    assert fails(pool, "x = []\nwhile True: x.append(bytearray(1 << 20))").endswith("MemoryError\n")
+    assert fails(pool, "x = []\nwhile True: x.append([])").endswith("MemoryError\n")
+    assert run(pool, "1 + 1").value == "2"
+
+
+def test_processes_share_one_memory_limit(pool: Pool):
+    code = "import os, time\nos.fork()\nos.fork()\nx = bytearray(b'x') * (60 << 20)\ntime.sleep(9)"  # 4 * 60 MiB
+    assert run(pool, code).state is State.MEMORY
+
+
+def test_a_fork_bomb_ends_and_the_next_call_works(pool: Pool):
+    done = run(pool, "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass")
+    assert done.state in (State.PROCESSES, State.TIMEOUT)  # the kernel lets nobody but root have too many
+    assert run(pool, "1 + 1").value == "2"
+
+
+def test_a_full_tmp_stays_a_programs_own_problem(pool: Pool):
+    code = "for i in range(99): open(f'/tmp/{i}', 'wb').write(bytes(1 << 20))"
+    assert "No space left" in fails(pool, code)
+    assert run(pool, "open('/tmp/x', 'wb').write(bytes(1 << 20))").state is State.OK
+
+
+def test_a_crash_of_the_interpreter_is_told(pool: Pool):
+    done = run(pool, "import os\nos.abort()")
+    assert (done.state, done.code) == (State.SIGNAL, 6)
+
+
+def test_the_zygote_cannot_be_killed(pool: Pool):
+    code = "import os\nfor s in range(1, 65):\n    try: os.kill(os.getppid(), s)\n    except OSError: pass\nprint('alive')"
+    assert run(pool, code).stdout == "alive\n"
+    assert run(pool, "1 + 1").value == "2"
+
+
+def test_the_zygote_cannot_be_read(pool: Pool):
+    assert "PermissionError" in fails(pool, "open('/proc/1/mem', 'rb')")
+    assert "PermissionError" in fails(pool, "open('/proc/1/fd/1', 'wb')")
+    assert run(pool, "import ctypes\nprint(ctypes.CDLL(None).ptrace(16, 1, 0, 0))").stdout == "-1\n"
+
+
+# -- what it cannot leave -----------------------------------------------------------------------------
+
+
+def test_tmp_is_wiped(pool: Pool):
+    run(pool, "import os\nos.makedirs('/tmp/a/b')\nopen('/tmp/a/b/c', 'w').write('x')\nos.symlink('/', '/tmp/root')")
+    run(pool, "open('/dev/shm/x', 'w').write('x')\nopen('/tmp/.hidden', 'w')")
+    assert run(pool, "import os\nprint(os.listdir('/tmp'), os.listdir('/dev/shm'))").stdout == "[] []\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nos.makedirs('/tmp/a/b')\nos.chmod('/tmp/a', 0)",
+        "import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')",
+        "import os\nos.chmod('/tmp', 0)",
+        "import ctypes\nprint(ctypes.CDLL(None).shmget(1, 4096, 0o1600))",
+    ],
+    ids=["locked directory", "deep directories", "locked tmp", "System V memory"],
+)
+def test_what_is_hard_to_wipe_is_gone_as_well(pool: Pool, code: str):
+    assert run(pool, code).state is State.OK
+    look = "import os\nprint(os.listdir('/tmp'), len(open('/proc/sysvipc/shm').readlines()))"
+    assert run(pool, look).stdout == "[] 1\n"
+
+
+def test_a_background_process_dies_with_its_call(pool: Pool):
+    code = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(60)\n    os._exit(0)"
+    start = time.monotonic()
+    assert run(pool, code).state is State.OK
+    assert time.monotonic() - start < 3
+    test_other_processes_are_out_of_sight(pool)
+
+
+def test_no_variable_survives(pool: Pool):
+    run(pool, "import math\nmath.pi = 3\nx = 1")
+    assert run(pool, "import math\nprint(math.pi > 3.1, 'x' in dir())").stdout == "True False\n"
+
+
+# -- the pool -----------------------------------------------------------------------------------------
+
+
+def test_fifty_concurrent_calls_are_not_mixed_up():
+    async def main() -> list[Execution]:
+        two = Pool(2, ["math"], "bubblewrap")
+        try:
+            return await asyncio.gather(*(two.run(f"print({i})", **LIMITS) for i in range(50)))  # type: ignore[arg-type]
+        finally:
+            await two.close()
+
+    assert [done.stdout for done in asyncio.run(main())] == [f"{i}\n" for i in range(50)]
+
+
+def sandboxes() -> set[int]:
+    """The processes that this one started."""
+    text = Path(f"/proc/{os.getpid()}/task").glob("*/children")
+    return {int(pid) for children in text for pid in children.read_text().split()}
+
+
+def test_close_leaves_no_process_and_no_zombie():
+    before = sandboxes()
+
+    async def main() -> None:
+        two = Pool(2, ["math"], "bubblewrap")
+        await two.start()
+        assert len(sandboxes() - before) == 2
+        endless = asyncio.ensure_future(two.run("while True: pass", timeout_s=60, memory_mb=64, max_bytes=100))
+        await asyncio.sleep(0.2)
+        await two.close()
+        with pytest.raises(ToolUnavailable):
+            await endless
+
+    asyncio.run(main())
+    assert sandboxes() == before
+
+
+def test_a_sandbox_that_dies_is_replaced():
+    """Its own program cannot kill it, so the test does, from outside and in mid-call, twice."""
+    before = sandboxes()
+
+    async def main() -> list[Execution]:
+        one = Pool(1, ["math"], "bubblewrap")
+        await one.start()
+        call = asyncio.ensure_future(one.run("import time\ntime.sleep(1)", **LIMITS))  # type: ignore[arg-type]
+        for _ in range(2):
+            await asyncio.sleep(0.6)
+            for pid in sandboxes() - before:
+                os.kill(pid, 9)
+        killed = await call
+        works = await one.run("1 + 1", **LIMITS)  # type: ignore[arg-type]
+        await one.close()
+        return [killed, works]
+
+    killed, works = asyncio.run(main())
+    assert killed.state is State.KILLED
+    assert works.value == "2"
+
+
+def test_constructing_starts_nothing():
+    before = sandboxes()
+    idle = Pool(2, ["math"], "bubblewrap")
+    assert sandboxes() == before
+    asyncio.run(idle.close())
+
+
+def test_without_bubblewrap_it_refuses():
+    with pytest.raises(ConfigError, match=r"'/nowhere/bwrap', which is not there.*pip install.*isolation: none"):
+        Pool(1, ["math"], "bubblewrap", bwrap="/nowhere/bwrap")
+
+
+def test_where_namespaces_are_forbidden_it_refuses(tmp_path: Path):
+    refusing = tmp_path / "bwrap"
+    refusing.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2; exit 1\n")
+    refusing.chmod(0o755)
+    pool = Pool(1, ["math"], "bubblewrap", bwrap=str(refusing))
+    with pytest.raises(ToolUnavailable, match=r"No permissions to create new namespace.*isolation: none"):
+        run(pool, "1")
+    asyncio.run(pool.close())
+
+
+def test_a_preload_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match="no module 'numppy'"):
+        Pool(1, ["numppy"], "bubblewrap")
+
+
+def test_isolation_is_given_up_by_name_only():
+    with pytest.raises(ConfigError, match="isolation must be bubblewrap or none, got 'off'"):
+        Pool(1, ["math"], "off")
+    bare = Pool(1, ["math"], "none", bwrap="/nowhere/bwrap")
+    try:
+        assert run(bare, "import os\nopen('x', 'w')\nprint(os.listdir('.'))").stdout == "['x']\n"
+        assert run(bare, "import os\nprint(os.listdir('.'))").stdout == "[]\n"
+        assert run(bare, "while True: pass", timeout_s=0.3).state is State.TIMEOUT
+        code = "import os, time\npid = os.fork()\nif pid == 0: os.setsid(); time.sleep(60)\nprint(pid)"
+        orphan = int(run(bare, code).stdout)
+        assert subprocess.run(["kill", "-0", str(orphan)], capture_output=True, check=False).returncode == 1
+    finally:
+        asyncio.run(bare.close())
