@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from otcrl.errors import TrainingError
+from otcrl.errors import DataError, TrainingError
 from otcrl.models.policy import token_logprobs
 from otcrl.protocols import Demo, Dialect, Task, Tokenizer
 from otcrl.types import Metrics
@@ -44,14 +44,15 @@ def train_sft(
     on_step: Callable[[int, Metrics], None],
 ) -> None:
     """Train `model` in place. Raises TrainingError when the loss is not finite."""
-    decayed = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(decayed, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     model.train()
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * cosine(step, config.steps, config.warmup_steps, config.final_lr_share)
         demos = task.demonstrations(step, config.batch_size, dialect)
         examples = [encode(demo, tokenizer, ends=dialect.ends_with_stop_token) for demo in demos]
+        check(examples, config.max_tokens, step)
         num_actions = sum(sum(mask) for _, mask in examples)
         loss = 0.0
         for micro in by_length(examples, config.micro_tokens):
@@ -63,7 +64,7 @@ def train_sft(
             loss += part.item()
         if not math.isfinite(loss):
             raise TrainingError(f"SFT loss is {loss} at step {step}: lower sft.lr (now {config.lr}).")
-        norm = torch.nn.utils.clip_grad_norm_(decayed, config.max_grad_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens = sum(len(ids) for ids, _ in examples)
@@ -81,6 +82,18 @@ def encode(demo: Demo, tokenizer: Tokenizer, *, ends: bool) -> Example:
     if ends:
         ids, mask = [*ids, min(tokenizer.stop_ids)], [*mask, True]
     return ids, mask
+
+
+def check(examples: Sequence[Example], max_tokens: int, step: int) -> None:
+    """Raises DataError when a step's demonstrations are too long, or none of them has anything to learn."""
+    longest = max((len(ids) for ids, _ in examples), default=0)
+    if longest > max_tokens:
+        raise DataError(
+            f"a demonstration of SFT step {step} has {longest} tokens, more than sft.max_tokens={max_tokens}: "
+            "raise it, or show fewer words of each passage"
+        )
+    if not any(any(mask) for _, mask in examples):
+        raise DataError(f"the {len(examples)} demonstrations of SFT step {step} hold no action to learn")
 
 
 def by_length(examples: Sequence[Example], micro_tokens: int) -> Iterator[list[Example]]:

@@ -66,7 +66,7 @@ def test_a_traceback_shows_the_programs_frames_only(pool: Pool):
     assert run(pool, "import json\ndef f():\n    json.loads('{')\nf()").stderr == (
         "Traceback (most recent call last):\n"
         '  File "<code>", line 4, in <module>\n    f()\n'
-        '  File "<code>", line 3, in f\n    json.loads(\'{\')\n'
+        "  File \"<code>\", line 3, in f\n    json.loads('{')\n"
         "json.decoder.JSONDecodeError: "
         "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)\n"
     )
@@ -193,7 +193,9 @@ def test_an_endless_loop_ends_at_the_limit(pool: Pool):
 
 
 def test_catching_everything_does_not_outlive_the_limit(pool: Pool):
-    code = "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, lambda *a: None)\n    except OSError: pass\n"
+    code = (
+        "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, lambda *a: None)\n    except OSError: pass\n"
+    )
     assert run(pool, code + "while True: pass", timeout_s=0.3).state is State.TIMEOUT
 
 
@@ -226,7 +228,9 @@ def test_a_crash_of_the_interpreter_is_told(pool: Pool):
 
 
 def test_the_zygote_cannot_be_killed(pool: Pool):
-    code = "import os\nfor s in range(1, 65):\n    try: os.kill(os.getppid(), s)\n    except OSError: pass\nprint('alive')"
+    code = (
+        "import os\nfor s in range(1, 65):\n    try: os.kill(os.getppid(), s)\n    except OSError: pass\nprint('alive')"
+    )
     assert run(pool, code).stdout == "alive\n"
     assert run(pool, "1 + 1").value == "2"
 
@@ -263,7 +267,9 @@ def test_what_is_hard_to_wipe_is_gone_as_well(pool: Pool, code: str):
 
 
 def test_a_background_process_dies_with_its_call(pool: Pool):
-    code = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(60)\n    os._exit(0)"
+    code = (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0: time.sleep(60)\n    os._exit(0)"
+    )
     start = time.monotonic()
     assert run(pool, code).state is State.OK
     assert time.monotonic() - start < 3

@@ -1,0 +1,136 @@
+"""What the policy reads after a program, and whose fault a failure is."""
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from otcrl.errors import ConfigError, ToolUnavailable
+from otcrl.protocols import ToolResult
+from otcrl.tools.python import NOTHING_PRINTED, PythonTool, shorten, strip_fences
+from otcrl.types import Outcome
+from tests.test_sandbox import has_bubblewrap
+
+needs_bubblewrap = pytest.mark.skipif(not has_bubblewrap(), reason="bubblewrap cannot make namespaces here")
+
+
+@pytest.fixture(scope="module")
+def tool() -> Iterator[PythonTool]:
+    shared = PythonTool(workers=1, timeout_s=2, memory_mb=128, max_output_chars=400)
+    yield shared
+    asyncio.run(shared.close())
+
+
+def run(tool: PythonTool, code: str) -> ToolResult:
+    return asyncio.run(tool.run(code))
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("print(6 * 7)", "42"),
+        ("6 * 7", "42"),
+        ("print(1)\n6 * 7", "1"),
+        ("```python\nprint(6 * 7)\n```", "42"),
+        ("x = 42", NOTHING_PRINTED),
+        ("import sys\nprint('a warning', file=sys.stderr)", "a warning"),
+    ],
+    ids=["printed", "last value", "printed wins over the last value", "fenced", "silent", "on stderr"],
+)
+def test_a_program_that_ends_well_is_ok(tool: PythonTool, code: str, text: str):
+    assert run(tool, code) == ToolResult(text, Outcome.OK)
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("code", "end"),
+    [
+        ("print(1)\n1 / 0", "ZeroDivisionError: division by zero"),
+        ("print(", "SyntaxError: '(' was never closed"),
+        ("while True: pass", "TimeoutError: the program was stopped after 2 s."),
+        ("bytearray(1 << 40)", "MemoryError"),
+        ("import os\nos._exit(3)", "The program ended with exit code 3."),
+        ("import os\nos.abort()", "The program crashed (signal 6)."),
+        (" \n", "The program is empty. Write Python code."),
+    ],
+    ids=["exception", "syntax", "time", "memory", "exit code", "crash", "empty"],
+)
+def test_a_program_that_fails_is_the_policys_error(tool: PythonTool, code: str, end: str):
+    result = run(tool, code)
+    assert result.outcome is Outcome.MODEL_ERROR
+    assert result.text.endswith(end)
+
+
+@needs_bubblewrap
+def test_what_was_printed_before_a_failure_is_shown(tool: PythonTool):
+    assert run(tool, "print('before')\n1 / 0").text.startswith("before\nTraceback (most recent call last):\n")
+
+
+@needs_bubblewrap
+def test_a_long_output_keeps_both_ends_and_the_error(tool: PythonTool):
+    result = run(tool, "print('first')\nprint('x' * 100_000)\n1 / 0")
+    assert result.text.startswith("first\nxxx")
+    assert "characters cut] ..." in result.text
+    assert result.text.endswith("ZeroDivisionError: division by zero")
+    assert len(result.text) < 450
+
+
+@needs_bubblewrap
+def test_a_remembered_program_is_not_run_again():
+    caching = PythonTool(workers=1, cache_size=1)
+    clock = "import time\nprint(time.time())"
+    try:
+        first, again = run(caching, clock), run(caching, clock)
+        assert not first.cached
+        assert again == ToolResult(first.text, cached=True)
+        run(caching, "1")  # pushes the clock out
+        assert run(caching, clock).text != first.text
+    finally:
+        asyncio.run(caching.close())
+
+
+@needs_bubblewrap
+def test_one_tool_serves_many_event_loops(tool: PythonTool):
+    assert [run(tool, f"print({i})").text for i in range(3)] == ["0", "1", "2"]
+
+
+@needs_bubblewrap
+def test_after_close_the_tool_is_unavailable():
+    closed = PythonTool(workers=1)
+    run(closed, "1")
+    asyncio.run(closed.close())
+    with pytest.raises(ToolUnavailable, match="closed"):
+        run(closed, "1")
+
+
+def test_without_isolation_it_is_not_built():
+    with pytest.raises(ConfigError, match="isolation: none"):
+        PythonTool(bwrap="/nowhere/bwrap")
+
+
+@pytest.mark.parametrize("field", ["timeout_s", "memory_mb", "max_output_chars", "workers"])
+def test_limits_must_be_above_zero(field: str):
+    with pytest.raises(ConfigError, match=f"{field} must be above 0, got -1"):
+        PythonTool(**{field: -1})
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("print(1)", "print(1)"),
+        ("```python\nprint(1)\n```", "print(1)"),
+        ("\n```py\nprint(1)\n```\n", "print(1)"),
+        ("```\nprint(1)", "print(1)"),
+        ("s = '''\n```\n'''", "s = '''\n```\n'''"),
+    ],
+    ids=["bare", "fence", "spaced fence", "unclosed fence", "a fence that is data"],
+)
+def test_a_fence_around_the_code_is_taken_off(text: str, code: str):
+    assert strip_fences(text) == code
+
+
+def test_shorten_says_how_much_is_missing():
+    assert shorten("abcdefghij", 10) == "abcdefghij"
+    assert shorten("abcdefghij", 4) == "ab\n... [6 characters cut] ...\nij"
+    assert shorten("abcd", 4, dropped=100) == "ab\n... [100 characters cut] ...\ncd"
