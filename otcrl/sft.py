@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from otcrl.errors import DataError, TrainingError
-from otcrl.models.policy import token_logprobs
+from otcrl.models.policy import autocast, token_logprobs
 from otcrl.protocols import Demo, Dialect, Task, Tokenizer
 from otcrl.types import Metrics
 
@@ -119,6 +119,3 @@ def cosine(step: int, steps: int, warmup: int, final: float) -> float:
     rise = min(1.0, (step + 1) / max(warmup, 1))
     return rise * max(final, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
-
-def autocast(dtype: str | None, device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, dtype=getattr(torch, dtype or "bfloat16"), enabled=dtype is not None)

@@ -35,7 +35,7 @@ def grpo(**other) -> GRPO:
 def ppo(**other) -> PPO:
     settings = {
         "gamma": 0.99, "lam": 0.95, "clip_low": 0.2, "clip_high": 0.2, "value_clip": 0.5, "value_coef": 0.5,
-        "kl_reward_coef": 0.01, "kl_loss_coef": 0.01, "entropy_coef": 0.01, "weighting": "token",
+        "kl_reward_coef": 0.01, "kl_coef": 0.01, "entropy_coef": 0.01, "weighting": "token",
     }  # fmt: skip
     return PPO(**settings | other)
 
@@ -179,7 +179,7 @@ def test_grpo_loss_is_eq_3_written_out_in_loops():
 
 
 def test_ppo_loss_is_written_out_in_loops():
-    algo, batch = ppo(entropy_coef=0.0, kl_loss_coef=0.0), random_batch(4)
+    algo, batch = ppo(entropy_coef=0.0, kl_coef=0.0), random_batch(4)
     learner = make_learner(algo, temperature=1.0)
     scores = learner.score(batch)
     targets = algo.targets(batch, scores)

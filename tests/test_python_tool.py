@@ -109,10 +109,13 @@ def test_without_isolation_it_is_not_built():
         PythonTool(bwrap="/nowhere/bwrap")
 
 
-@pytest.mark.parametrize("field", ["timeout_s", "memory_mb", "max_output_chars", "workers"])
-def test_limits_must_be_above_zero(field: str):
-    with pytest.raises(ConfigError, match=f"{field} must be above 0, got -1"):
-        PythonTool(**{field: -1})
+def test_limits_must_be_above_zero():
+    with pytest.raises(ConfigError, match="timeout_s must be above 0, got 0"):
+        PythonTool(timeout_s=0)
+    with pytest.raises(ConfigError, match="memory_mb must be above 0, got -1"):
+        PythonTool(memory_mb=-1)
+    with pytest.raises(ConfigError, match="workers must be above 0, got 0"):
+        PythonTool(workers=0)
 
 
 @pytest.mark.parametrize(

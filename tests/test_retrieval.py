@@ -81,14 +81,17 @@ def test_a_file_cut_short_is_refused(tmp_path: Path):
 
 
 def test_hashing_is_the_same_in_every_process():
-    code = "from otcrl.tools.retrieval.encode import HashingEncoder as H;print(H(dimension=8).encode(['a b'],True).tolist())"
-    run = [
+    code = (
+        "from otcrl.tools.retrieval.encode import *; print(HashingEncoder(dimension=8).encode(['a b'], True).tolist())"
+    )
+    printed = [
         subprocess.run(
             [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True
         ).stdout
         for seed in "12"
     ]
-    assert run[0] == run[1] == f"{HashingEncoder(dimension=8).encode(['a b'], True).tolist()}\n".encode()
+    here = f"{HashingEncoder(dimension=8).encode(['a b'], True).tolist()}\n".encode()
+    assert printed == [here, here]
 
 
 def test_hashing_gives_unit_vectors():

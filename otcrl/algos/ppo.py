@@ -17,7 +17,7 @@ class PPO:
     value_clip: float
     value_coef: float
     kl_reward_coef: float
-    kl_loss_coef: float
+    kl_coef: float
     entropy_coef: float
     weighting: str
 
@@ -26,7 +26,7 @@ class PPO:
 
     @property
     def needs_reference(self) -> bool:
-        return self.kl_reward_coef > 0 or self.kl_loss_coef > 0
+        return self.kl_reward_coef > 0 or self.kl_coef > 0
 
     @property
     def trains_entropy(self) -> bool:
@@ -45,6 +45,6 @@ class PPO:
         policy = F.clipped_surrogate(*span)
         value = F.clipped_value_loss(new.values, scores.values, targets.returns, self.value_clip)
         kl = F.kl_k3(new.logprobs, scores.ref_logprobs)
-        loss = policy + self.value_coef * value + self.kl_loss_coef * kl - self.entropy_coef * new.entropy
+        loss = policy + self.value_coef * value + self.kl_coef * kl - self.entropy_coef * new.entropy
         stats = {"policy_loss": policy, "value_loss": value, "kl": kl, "entropy": new.entropy}
         return TokenLoss(loss, stats | {"clip_fraction": F.clip_fraction(*span)})

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from otcrl.algos.functional import token_weights
 from otcrl.errors import TrainingError
-from otcrl.models.policy import token_logprobs
+from otcrl.models.policy import autocast, token_logprobs
 from otcrl.protocols import Algorithm
-from otcrl.sft import autocast
 from otcrl.types import Batch, Forward, Metrics, Rows, Scores, Targets, rows
 
 if TYPE_CHECKING:

@@ -33,3 +33,8 @@ def token_logprobs(
     empty_BT = torch.zeros(token_ids_BT.shape, device=token_ids_BT.device)
     mask_BT = action_mask_BT.to(empty_BT.dtype)
     return (empty_BT.index_copy(1, columns_C, chosen_BC) * mask_BT, empty_BT.index_copy(1, columns_C, entropy_BC) * mask_BT)
+
+
+def autocast(dtype: str | None, device: torch.device) -> torch.autocast:
+    """Matrix products in `dtype` (bfloat16, float16); None: in the model's own."""
+    return torch.autocast(device.type, dtype=getattr(torch, dtype or "bfloat16"), enabled=dtype is not None)

@@ -44,6 +44,8 @@ class SearchTool:
     timeout_s: float = 30.0
     batch_wait_s: float = 0.002
 
+    wired = frozenset({"passages"})
+
     def __post_init__(self) -> None:
         for field in ("topk", "max_query_chars", "timeout_s"):
             if getattr(self, field) <= 0:
@@ -61,6 +63,9 @@ class SearchTool:
             raise ConfigError(
                 "corpus is empty, there is no index, and the task brings no passages: nothing to search in"
             )
+        assert all(isinstance(passage, Passage) for passage in self.passages), (
+            "a config library turned passages to dicts"
+        )
         for path in self.corpus:
             if not Path(path).is_file():
                 raise DataError(f"corpus: there is no file {path}")

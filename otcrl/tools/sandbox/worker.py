@@ -135,7 +135,8 @@ def run_program(source: str, value_fd: int) -> int:
             print(end.code, file=sys.stderr)
         return (end.code & 0xFF) if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:  # whatever the program raised is its result
-        resource.setrlimit(resource.RLIMIT_AS, (resource.getrlimit(resource.RLIMIT_AS)[1],) * 2)
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         write_all(2, users_traceback(error).encode(errors="replace"))
         return 1
     finally:
