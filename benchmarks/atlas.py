@@ -42,7 +42,12 @@ def main() -> None:
     rows: list[Row] = []
     for seed in options.seeds:
         train(options.runs / f"otc_grpo-{seed}", seed, [])  # every system starts from its cold start
-        start = ["model=pretrained", f"model.path={options.runs}/otc_grpo-{seed}/sft", "model.chat=false", "sft.steps=0"]
+        start = [
+            "model=pretrained",
+            f"model.path={options.runs}/otc_grpo-{seed}/sft",
+            "model.chat=false",
+            "sft.steps=0",
+        ]
         for system in options.systems:
             overrides = SYSTEMS[system] if system == "otc_grpo" else [*SYSTEMS[system], *start]
             summary = train(options.runs / f"{system}-{seed}", seed, overrides)

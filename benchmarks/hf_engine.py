@@ -132,7 +132,9 @@ def measure(directory: str | None, dtype: torch.dtype, count: int) -> dict[str, 
 
 
 def machine() -> dict[str, str | int]:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count() or 0,
@@ -155,8 +157,13 @@ def main() -> None:
         seconds = measure(options.model, getattr(torch, dtype), options.sequences)
         useful = sum(make_work(load(options.model, torch.float32)[1], options.sequences).lengths)
         for name, spent in seconds.items():
-            rows.append({"dtype": dtype, "way": name, "seconds": round(spent, 2), "tokens_per_s": round(useful / spent, 1)})
-            print("{dtype:10} {way:20} {seconds:8.2f} s {tokens_per_s:8.1f} useful tokens/s".format(**rows[-1]), flush=True)
+            rows.append(
+                {"dtype": dtype, "way": name, "seconds": round(spent, 2), "tokens_per_s": round(useful / spent, 1)}
+            )
+            print(
+                "{dtype:10} {way:20} {seconds:8.2f} s {tokens_per_s:8.1f} useful tokens/s".format(**rows[-1]),
+                flush=True,
+            )
             if name != "otcrl":
                 ratios[f"{dtype}_vs_{name}"] = round(spent / seconds["otcrl"], 2)
     print(json.dumps(ratios, indent=2))

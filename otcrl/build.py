@@ -17,8 +17,8 @@ from otcrl.construct import construct, construct_as
 from otcrl.errors import ConfigError
 from otcrl.experiment import Evaluate, Experiment, cold_start, evaluate, run_experiment
 from otcrl.learner.learner import Learner
-from otcrl.loggers.jsonl import JsonlLogger
 from otcrl.loggers import Loggers
+from otcrl.loggers.jsonl import JsonlLogger
 from otcrl.loggers.progress import Bars
 from otcrl.models.critic import Critic
 from otcrl.models.pretrained import Pretrained
@@ -70,7 +70,7 @@ def run_sft(cfg: Config) -> None:
 
 
 def run_eval(cfg: Config) -> None:
-    """`otcrl eval`: measure the model that `run=`, `model=` or `conf=` names, on the task's held-out problems or `data=`."""
+    """`otcrl eval`: measure the model of `run=`, `model=` or `conf=` on held-out problems, or on `data=`."""
     path = cfg["checkpoint"] or (f"{cfg['run']}/model" if cfg["run"] else None)
     if path is not None:
         own = cfg["model"] if "Pretrained" in cfg["model"].get("_target_", "") else {}
@@ -145,13 +145,13 @@ def build_learner(cfg: Config, world: World) -> tuple[Learner, Algorithm]:
 def build_collector(cfg: Config, world: World, engine: Engine) -> Collector:
     settings = dict(cfg["rollout"])
     limits = construct_as(Limits, settings.pop("limits"), "rollout.limits")
-    player = Player(
-        engine=engine, tokenizer=world.tokenizer, dialect=world.dialect, tools=world.tools, limits=limits
-    )
+    player = Player(engine=engine, tokenizer=world.tokenizer, dialect=world.dialect, tools=world.tools, limits=limits)
     return construct_as(Collector, settings, "rollout", player=player, seed=cfg["seed"])
 
 
-def build_run(cfg: Config, world: World, learner: Learner, algo: Algorithm, folder: Path, bars: Bars, first_step: int) -> Run:
+def build_run(
+    cfg: Config, world: World, learner: Learner, algo: Algorithm, folder: Path, bars: Bars, first_step: int
+) -> Run:
     sampler = copy.deepcopy(world.model).requires_grad_(False).eval()
     engine = construct(cfg["engine"], "engine", model=sampler, tokenizer=world.tokenizer)
     wired = {"name": cfg["name"], "folder": folder, "config": cfg}

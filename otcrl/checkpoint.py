@@ -1,6 +1,6 @@
 """What a run leaves on disk so that it can go on: a checkpoint is complete or absent.
 
-    step-000030/    model/ (a Hugging Face directory)   state.pt (optimizers, critic)   run.json (step, reward state)
+step-000030/    model/ (a Hugging Face directory)   state.pt (optimizers, critic)   run.json (step, reward state)
 """
 
 from __future__ import annotations

@@ -118,4 +118,3 @@ def cosine(step: int, steps: int, warmup: int, final: float) -> float:
     """Linear warm-up, then half a cosine from 1 to `final`."""
     rise = min(1.0, (step + 1) / max(warmup, 1))
     return rise * max(final, 0.5 * (1 + math.cos(math.pi * step / steps)))
-

@@ -77,7 +77,9 @@ async def train_step(step: int, run: Run) -> Metrics:
     clock.lap("rollout")
     rewards_PG = run.reward(kept_PG)
     clock.lap("reward")
-    batch = pack([list(zip(*pair, strict=True)) for pair in zip(kept_PG, rewards_PG, strict=True)], run.tokenizer.pad_id)
+    batch = pack(
+        [list(zip(*pair, strict=True)) for pair in zip(kept_PG, rewards_PG, strict=True)], run.tokenizer.pad_id
+    )
     scores = run.learner.score(batch)
     targets = run.algo.targets(batch, scores)
     clock.lap("score")
@@ -149,7 +151,7 @@ def by_source(kept_PG: Groups) -> Metrics:
 
 
 def sign_reversals(batch: Batch, targets: Targets) -> Metrics:
-    """Share of the rewarded trajectories that are pushed down all the same, and how rewarded ones fare in likelihood."""
+    """Share of the rewarded trajectories that are pushed down all the same, and the likelihood of rewarded ones."""
     rewarded_B = batch.rewards > 0
     down_B = (targets.advantages.sum(1) < 0) & rewarded_B
     lengths_B = batch.action_mask.sum(1).clamp(min=1)

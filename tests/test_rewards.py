@@ -98,7 +98,16 @@ def test_n_is_kept_per_problem_of_each_source():
 
 def test_wrong_malformed_and_void_trajectories_leave_n_alone():
     reward = otc()
-    reward([[trajectory(right=False), trajectory(violations=("2 answers",)), trajectory(stop=Stop.VOID), trajectory(calls=4)]])
+    reward(
+        [
+            [
+                trajectory(right=False),
+                trajectory(violations=("2 answers",)),
+                trajectory(stop=Stop.VOID),
+                trajectory(calls=4),
+            ]
+        ]
+    )
     assert reward.table == {"nq/train/0": 4}
 
 

@@ -40,7 +40,14 @@ class Script:
         self.released: list[str] = []
 
     async def generate(
-        self, token_ids: Sequence[int], *, stop: Sequence[str], max_tokens: int, temperature: float, seed: int, session: str
+        self,
+        token_ids: Sequence[int],
+        *,
+        stop: Sequence[str],
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+        session: str,
     ) -> Completion:
         self.prompts.append(list(token_ids))
         self.seeds.append(seed)

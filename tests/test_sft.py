@@ -100,7 +100,7 @@ def test_the_loss_falls():
 
 
 def test_a_demonstration_that_is_too_long_is_refused_with_both_numbers():
-    with pytest.raises(DataError, match="has 9 tokens, more than sft.max_tokens=8"):
+    with pytest.raises(DataError, match=r"has 9 tokens, more than sft\.max_tokens=8"):
         trained(Fixed("c"), replace(CONFIG, max_tokens=8))
 
 

@@ -92,7 +92,7 @@ class Learner:
     # -- update ------------------------------------------------------------------------------------
 
     def update(self, step: int, batch: Batch, scores: Scores, targets: Targets, algo: Algorithm) -> Metrics:
-        """`epochs` passes of mini-batch AdamW. Raises TrainingError, before it touches a weight, when the loss is not finite."""
+        """`epochs` passes of mini-batch AdamW. Raises TrainingError, before it touches a weight, at a loss of NaN."""
         self._set_rates(step)
         totals: dict[str, list[float]] = defaultdict(list)
         gap = self._gap(batch, scores) if self.old_logprobs == "recompute" else {}

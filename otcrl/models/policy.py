@@ -32,7 +32,10 @@ def token_logprobs(
         entropy_BC = -(logprobs_BCV.exp() * logprobs_BCV).sum(-1)
     empty_BT = torch.zeros(token_ids_BT.shape, device=token_ids_BT.device)
     mask_BT = action_mask_BT.to(empty_BT.dtype)
-    return (empty_BT.index_copy(1, columns_C, chosen_BC) * mask_BT, empty_BT.index_copy(1, columns_C, entropy_BC) * mask_BT)
+    return (
+        empty_BT.index_copy(1, columns_C, chosen_BC) * mask_BT,
+        empty_BT.index_copy(1, columns_C, entropy_BC) * mask_BT,
+    )
 
 
 def autocast(dtype: str | None, device: torch.device) -> torch.autocast:

@@ -38,7 +38,9 @@ class Pretrained:
             tokenizer = AutoTokenizer.from_pretrained(self.path)
             model = AutoModelForCausalLM.from_pretrained(self.path, dtype=getattr(torch, self.dtype))
         except (OSError, ValueError) as error:
-            known = "an existing directory" if Path(self.path).is_dir() else "neither a directory nor a hub model in reach"
+            known = (
+                "an existing directory" if Path(self.path).is_dir() else "neither a directory nor a hub model in reach"
+            )
             raise DataError(f"model.path {self.path!r} is {known}: {str(error).splitlines()[0]}") from error
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable()

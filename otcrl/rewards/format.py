@@ -9,7 +9,9 @@ from otcrl.rewards.outcome import Correct
 from otcrl.types import Reward, Trajectory
 
 
-def format_score(right: bool, answered: bool, valid: bool, retrieved: bool, structure: float, final: float, retrieval: float) -> float:
+def format_score(
+    right: bool, answered: bool, valid: bool, retrieved: bool, structure: float, final: float, retrieval: float
+) -> float:
     """right, valid: 1 | right, invalid: 1 - structure | not right, valid: structure (+ retrieval) |
     wrong, invalid: final | no answer, invalid: 0."""
     if right:

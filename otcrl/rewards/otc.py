@@ -27,7 +27,7 @@ def f(m: int, n: int) -> float:
 
 
 def r_tool_grpo(m: int, n: int, c: float) -> float:
-    """Eq. 6:  1 if f = n = 0;  cos(m pi / (2m + c)) if n = 0;  sin(f pi / 2n) otherwise: 1 at m = n, less on both sides."""
+    """Eq. 6:  1 if f = n = 0;  cos(m pi / (2m + c)) if n = 0;  sin(f pi / 2n) otherwise, whose peak is m = n."""
     if n == 0:
         return r_tool_ppo(m, c)  # equals 1 at m = 0
     return sin(f(m, n) * pi / (2 * n))

@@ -22,7 +22,9 @@ class Collector:
     concurrency: int  # trajectories in flight
     seed: int
 
-    async def groups(self, problems_P: Sequence[Problem], step: int, progress: Progress | None = None) -> list[list[Trajectory]]:
+    async def groups(
+        self, problems_P: Sequence[Problem], step: int, progress: Progress | None = None
+    ) -> list[list[Trajectory]]:
         """[P][G] trajectories, sampled for training."""
         repeated = [p for p in problems_P for _ in range(self.group_size)]
         names = [f"step {step}/{p.id}/{g}" for p in problems_P for g in range(self.group_size)]

@@ -65,7 +65,7 @@ class Atlas:
         """The words that can be a relation's value; entities where the value is an entity."""
         own = {r: [f"{r}_{i}" for i in range(self.values_per_relation)] for r in (*KNOWN, *HIDDEN)}
         numbers = [str(n) for n in range(10, LARGEST + 1)]
-        return own | {r: self.names for r in ("spouse", *LINKS)} | {r: numbers for r in NUMBERS}
+        return own | dict.fromkeys(("spouse", *LINKS), self.names) | dict.fromkeys(NUMBERS, numbers)
 
     @cached_property
     def facts(self) -> dict[tuple[str, str], str]:
