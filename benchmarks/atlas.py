@@ -53,7 +53,7 @@ def main() -> None:
             summary = train(options.runs / f"{system}-{seed}", seed, overrides)
             rows.append(row(system, seed, summary))
     ratios = {
-        f"{system}_tc_over_optimum": round(fmean(r["TC/optimum"] for r in rows if r["system"] == system), 3)
+        f"{system}_tc_over_optimum": round(fmean(float(r["TC/optimum"] or 0) for r in rows if r["system"] == system), 3)
         for system in options.systems
     }
     publish("atlas", rows, ratios)

@@ -108,6 +108,9 @@ class World:
 
 
 def build_world(cfg: Config) -> World:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # its bars for loading and saving tear those of the run
     tools: dict[str, Tool] = {}  # filled below: the task shows the tools in prompts, and may bring their corpus
     task = construct(cfg["task"], "task", tools=tools)
     own = [Passage(*row) for row in task.own_corpus()] if hasattr(task, "own_corpus") else []

@@ -13,7 +13,7 @@ from rich import get_console
 
 from otcrl import checkpoint
 from otcrl.evaluate.offloading import Offloading, offloading
-from otcrl.evaluate.report import Report, before_after_table, make_report
+from otcrl.evaluate.report import FILE, Report, before_after_table, make_report
 from otcrl.loggers.jsonl import JsonlLogger
 from otcrl.protocols import Dialect, Task
 from otcrl.rollout.collect import Collector
@@ -73,8 +73,9 @@ def cold_start(
 async def run_experiment(experiment: Experiment) -> None:
     """Evaluate, train, evaluate, and write summary.json and the before/after table."""
     run, config = experiment.run, experiment.evaluate
+    await run.engine.load_weights(run.learner.weights(), version=experiment.first_step)
     begun = time.monotonic()
-    before = await report(run, config, "before") if config.before else None
+    before = await report_before(experiment) if config.before else None
     before_s = time.monotonic() - begun
     begun = time.monotonic()
     await train(run, experiment.first_step)
@@ -114,6 +115,14 @@ def show(after: Report, before: Report | None) -> None:
 
 async def report(run: Run, config: Evaluate, name: str, temperature: float = 0.0) -> Report:
     return await measure(run.collector, run.task, config, run.folder / "eval" / name, run.bars, temperature)
+
+
+async def report_before(experiment: Experiment) -> Report:
+    """The report on the untrained policy; a resumed run made it when it began."""
+    made = experiment.run.folder / "eval" / "before"
+    if experiment.first_step > 0 and (made / FILE).is_file():
+        return Report.load(made)
+    return await report(experiment.run, experiment.evaluate, "before")
 
 
 async def evaluate(collector: Collector, task: Task, config: Evaluate, folder: Path, bars: Bars) -> None:

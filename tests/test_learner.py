@@ -106,7 +106,7 @@ def test_leaving_out_rows_without_advantage_changes_nothing():
     batch = replace(batch, rewards=torch.tensor([0.5] * 4 + [0.0, 1.0, 0.0, 1.0]))  # the first group agrees
 
     class Keeps(GRPO):
-        only_advantages_matter = False
+        only_advantages_matter = False  # pyright: ignore
 
     algo = grpo(kl_coef=0.0, entropy_coef=0.0)
     keeps = Keeps(**{name: getattr(algo, name) for name in algo.__dataclass_fields__})

@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ class Learner:
         for index, micro in self._micros(mini, acting_B.nonzero().squeeze(-1)):
             width, device = micro.token_ids.shape[1], self.policy.device
             w_BT = weights_BT[index, :width].to(device)
-            cut_scores, cut_targets = (self._cut(x, index, width) for x in (scores, targets))
+            cut_scores, cut_targets = self._cut(scores, index, width), self._cut(targets, index, width)
             new = self._forward(micro, entropy_grad=algo.trains_entropy)
             out = algo.token_loss(new, micro, cut_scores, cut_targets)
             loss = (out.loss * w_BT).sum()
@@ -202,12 +202,12 @@ class Learner:
         for name, parameter in self.policy.named_parameters():  # tied parameters once
             yield name, parameter.detach()
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Optimizers and critic; the policy is saved as a Hugging Face directory of its own."""
-        state: dict[str, object] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        state: dict[str, Any] = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
         return state | ({"critic_weights": self.critic.state_dict()} if self.critic is not None else {})
 
-    def load_state_dict(self, state: Mapping[str, dict[str, object]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[name])
         if self.critic is not None:

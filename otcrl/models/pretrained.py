@@ -44,4 +44,5 @@ class Pretrained:
             raise DataError(f"model.path {self.path!r} is {known}: {str(error).splitlines()[0]}") from error
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        return model.to(device), HFTokenizer(hf=tokenizer, chat=self.chat)
+        model.to(device)  # pyright: ignore[reportArgumentType]  # its `self` is a protocol no model meets
+        return model, HFTokenizer(hf=tokenizer, chat=self.chat)

@@ -35,10 +35,9 @@ class TinyLlama:
             num_key_value_heads=self.heads,
             max_position_embeddings=self.context,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.hf.bos_token_id,
-            eos_token_id=tokenizer.hf.eos_token_id,
+            bos_token_id=tokenizer.prompt_ids("")[0],
+            eos_token_id=tokenizer.end_id,
             pad_token_id=tokenizer.pad_id,
-            attn_implementation="sdpa",
         )
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from otcrl.errors import DataError
@@ -29,25 +28,33 @@ class HFTokenizer:
         return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = self.hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str), "one sequence is one text"
+        return text
 
     def prompt_ids(self, prompt: str) -> list[int]:
         if self.chat:
             message = [{"role": "user", "content": prompt}]
             text = self.hf.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-            return self.hf.encode(text, add_special_tokens=False)
-        start = [] if self.hf.bos_token_id is None else [self.hf.bos_token_id]
-        return start + self.encode(prompt)
+            return self.hf(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportArgumentType]
+        start = self.hf.bos_token_id
+        return [*([start] if isinstance(start, int) else []), *self.encode(prompt)]
 
-    @cached_property
+    @property
     def pad_id(self) -> int:
-        pad, eos = self.hf.pad_token_id, self.hf.eos_token_id
-        return pad if pad is not None else eos  # padding is masked everywhere, so any id will do
+        pad = self.hf.pad_token_id
+        return pad if isinstance(pad, int) else self.end_id  # padding is masked everywhere, so any id will do
 
-    @cached_property
+    @property
+    def end_id(self) -> int:
+        end = self.hf.eos_token_id
+        assert isinstance(end, int), "checked when it was made"
+        return end
+
+    @property
     def stop_ids(self) -> frozenset[int]:
-        return frozenset({self.hf.eos_token_id})
+        return frozenset({self.end_id})
 
-    @cached_property
+    @property
     def vocab_size(self) -> int:
         return len(self.hf)

@@ -23,7 +23,6 @@ from otcrl.errors import ConfigError, EngineError
 from otcrl.protocols import Completion, Tokenizer
 from otcrl.rollout.hf_forward import Forward, Moves, Request, Session, Stats, copy_weights
 
-COMPACT_BELOW = 0.75  # least share of decoded rows that must be running
 LOOP_TURNS = 3  # turns of the event loop between steps: who just got a completion can submit the next turn in time
 
 
@@ -205,7 +204,6 @@ class HFEngine:
                 self._finish(here, request, is_over)
             else:
                 self._running.append(here)
-        self.stats.sampled += len(tokens)
 
     def _finish(self, here: Session, request: Request, is_over: bool) -> None:
         ids = here.ids[request.start :]
@@ -258,25 +256,23 @@ class HFEngine:
         return True
 
     def _compact(self) -> Moves:
-        """Running sessions trade rows with paused ones, to be decoded without gaps, when the gaps are too many."""
-        count, height = len(self._running), self._running[-1].row + 1
-        if count >= COMPACT_BELOW * height:
-            return Moves()
+        """Running sessions trade rows with paused ones until they are the first: a forward reads those in place."""
+        count = len(self._running)
         taken = {here.row for here in self._running}
         gaps = [row for row in range(count) if row not in taken]
         source, target, width = [], [], 0
         for here, gap in zip((here for here in self._running if here.row >= count), gaps, strict=True):
-            other = self._rows[gap]
-            self._rows[gap], self._rows[here.row] = here, other
-            source, target, width = [*source, here.row], [*target, gap], max(width, here.cached)
+            other, row = self._rows[gap], here.row
+            self._rows[gap], here.row = here, gap
+            self._rows[row] = other
+            source, target, width = [*source, row], [*target, gap], max(width, here.cached)
             if other is not None:
-                source, target, width = [*source, gap], [*target, here.row], max(width, other.cached)
-                other.row = here.row
-            here.row = gap
+                other.row = row
+                source, target, width = [*source, gap], [*target, row], max(width, other.cached)
         self._running.sort(key=lambda here: here.row)
         return Moves(source, target, width)
 
-    # -- forgetting ---------------------------------------------------------------------------------------
+    # -- forgetting -----------------------------------------------------------------------------------
 
     def _forget(self, gone: Session) -> None:
         if gone.row >= 0:

@@ -25,7 +25,6 @@ class Stats:
     shared: int = 0  # prompt tokens whose K/V was copied from an identical prompt
     sampled: int = 0  # tokens
     steps: int = 0  # decode forwards
-    rows: int = 0  # rows in them, idle ones included
     evicted: int = 0  # paused sessions that lost their cache to another
 
 
@@ -85,13 +84,13 @@ class Forward:
         self._is_cut_short = True
 
     def step(self, running: Sequence[Session], moves: Moves) -> tuple[list[int], list[float]]:
-        """One more token for each of `running` (sorted by row), and its log-prob."""
+        """One more token for each of `running`, which are the first rows in order, and its log-prob."""
         with torch.inference_mode():
             if self._is_cut_short:
                 self._pool = KVPool(max_rows=self._max_rows, max_tokens=self._context)
                 self._is_cut_short = False
             self._pool.reserve(
-                rows=1 + max((running[-1].row, *moves.source, *moves.target)),
+                rows=1 + max((len(running) - 1, *moves.source, *moves.target)),
                 tokens=max((moves.width, *(len(here.ids) for here in running))),
             )
             if moves.source:
@@ -131,23 +130,16 @@ class Forward:
                 self.stats.prefilled += len(piece)
 
     def _decode(self, running: Sequence[Session]) -> tuple[list[int], list[float]]:
-        rows = [here.row for here in running]
-        pieces: list[list[int]] = [[] for _ in range(rows[-1] + 1)]  # nothing for rows that idle or are paused
-        starts = [0] * len(pieces)
-        for here in running:
-            pieces[here.row], starts[here.row] = here.ids[-1:], here.cached
+        pieces, starts = [here.ids[-1:] for here in running], [here.cached for here in running]
         logits = self.model(**self._inputs(None, pieces, starts)).logits[:, -1]
-        self.stats.steps += 1
-        self.stats.rows += len(pieces)
         requests = [here.request for here in running if here.request is not None]
         draws = uniforms([r.seed for r in requests], [len(here.ids) for here in running])
-        ids, logprobs = sample(
-            logits[rows] if len(rows) < len(pieces) else logits,
-            torch.tensor([r.temperature for r in requests], device=logits.device),
-            torch.from_numpy(draws).to(logits.device),
-        )
+        temperatures = torch.tensor([r.temperature for r in requests], device=logits.device)
+        ids, logprobs = sample(logits, temperatures, torch.from_numpy(draws).to(logits.device))
         if not logprobs.isfinite().all():
             raise EngineError("the model's logits are not finite: its weights have diverged")
+        self.stats.steps += 1
+        self.stats.sampled += len(running)
         return ids.tolist(), logprobs.tolist()
 
     def _inputs(self, rows: list[int] | None, pieces: list[list[int]], starts: list[int]) -> dict[str, object]:
