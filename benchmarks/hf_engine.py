@@ -172,8 +172,10 @@ def main() -> None:
     parser.add_argument("--model", help="directory of a Hugging Face model; SmolLM2-135M-Instruct if not given")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="fewer on a machine that has other work")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "hf_engine.json")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
 
     rows, ratios = [], {}
     for dtype in options.dtypes:

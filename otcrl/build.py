@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from otcrl import checkpoint
-from otcrl.construct import construct, construct_as
-from otcrl.errors import ConfigError
+from otcrl.construct import check_section, construct, construct_as
+from otcrl.errors import ConfigError, DataError
 from otcrl.experiment import Evaluate, Experiment, cold_start, evaluate, run_experiment
 from otcrl.learner.learner import Learner
 from otcrl.loggers import Loggers
@@ -22,10 +24,10 @@ from otcrl.loggers.jsonl import JsonlLogger
 from otcrl.loggers.progress import Bars
 from otcrl.models.critic import Critic
 from otcrl.models.pretrained import Pretrained
-from otcrl.protocols import Algorithm, Dialect, Engine, Logger, Task, Tool
+from otcrl.protocols import Algorithm, Dialect, Engine, Logger, Malformed, Task, Tool
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Limits, Player
-from otcrl.sft import Sft
+from otcrl.sft import Sft, batch
 from otcrl.tools.retrieval.corpus import Passage
 from otcrl.train import Loop, Run
 
@@ -35,27 +37,33 @@ if TYPE_CHECKING:
     from otcrl.models.tokenizer import HFTokenizer
 
 Config = Mapping[str, Any]  # plain nested values, as `compose` hands them on
+MOST_CHECKED = 2000  # prompts of each split that are tried before a run begins
 
 
 def run_train(cfg: Config) -> None:
     """`otcrl train`: cold start if the config has one, evaluation, training, evaluation, summary."""
     resumed = checkpoint.latest(Path(cfg["resume"]) / "checkpoints") if cfg["resume"] else None
-    folder = Path(cfg["resume"]) if cfg["resume"] else new_folder(cfg)
+    first_step = resumed.step if resumed is not None else 0
+    config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
     world = build_world(cfg)
+    if resumed is not None and (sft := Path(cfg["resume"]) / "sft").is_dir():
+        checkpoint.load_weights(sft, world.model)  # where the reference was taken
     with Bars() as bars:
-        sft_seconds = 0.0
-        if resumed is None:
-            sft_seconds = cold_start(world.model, world.tokenizer, world.task, world.dialect, world.sft, folder, bars)
-        learner, algo = build_learner(cfg, world)
-        first_step = resumed.step if resumed is not None else 0
-        run = build_run(cfg, world, learner, algo, folder, bars, first_step)
-        if resumed is not None:
-            checkpoint.restore(resumed, learner)
-            run.reward.load_state_dict(resumed.reward_state)
-        config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
-        experiment = Experiment(run=run, evaluate=config, first_step=first_step, sft_seconds=sft_seconds)
-        asyncio.run(closing(run_experiment(experiment), world, run.engine))
-    run.logger.close()
+        run = build_run(cfg, world, bars, first_step)
+        try:
+            if resumed is None:
+                seconds = cold_start(
+                    world.model, world.tokenizer, world.task, world.dialect, world.sft, run.folder, bars
+                )
+                run.learner.begin()
+            else:
+                seconds = 0.0
+                checkpoint.restore(resumed, run.learner)
+                run.reward.load_state_dict(resumed.reward_state)
+            experiment = Experiment(run=run, evaluate=config, first_step=first_step, sft_seconds=seconds)
+            asyncio.run(closing(run_experiment(experiment), world, run.engine))
+        finally:
+            run.logger.close()
 
 
 def run_sft(cfg: Config) -> None:
@@ -63,6 +71,7 @@ def run_sft(cfg: Config) -> None:
     world = build_world(cfg)
     if world.sft.steps < 1:
         raise ConfigError("sft.steps is 0: there is nothing to do")
+    check_demonstrations(world)
     folder = new_folder(cfg)
     with Bars() as bars:
         cold_start(world.model, world.tokenizer, world.task, world.dialect, world.sft, folder, bars, name="model")
@@ -71,7 +80,12 @@ def run_sft(cfg: Config) -> None:
 
 def run_eval(cfg: Config) -> None:
     """`otcrl eval`: measure the model of `run=`, `model=` or `conf=` on held-out problems, or on `data=`."""
-    path = cfg["checkpoint"] or (f"{cfg['run']}/model" if cfg["run"] else None)
+    config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
+    run, path = cfg["run"], cfg["checkpoint"]
+    if run is not None:
+        path = f"{run}/model"
+        if not Path(path).is_dir():
+            raise ConfigError(f"run={run} has no model yet: finish it with `otcrl train resume={run}`")
     if path is not None:
         own = cfg["model"] if "Pretrained" in cfg["model"].get("_target_", "") else {}
         settings = {"dtype": "float32", "chat": False, "device": "auto", "gradient_checkpointing": False}
@@ -80,15 +94,17 @@ def run_eval(cfg: Config) -> None:
         cfg = {**cfg, "model": model}
     if cfg["data"]:
         target = "otcrl.tasks.question_answering.QuestionAnswering"
-        match = {"match": "math"} if "arithmetic" in cfg["task"]["_target_"] else {}
+        match = {"match": "math"} if "arithmetic" in cfg["task"].get("_target_", "") else {}
         cfg = {**cfg, "task": {"_target_": target, "test": cfg["data"], **match}}
     world = build_world(cfg)
-    folder = Path(cfg["run"] or cfg["run_dir"]) / "eval"
-    folder.mkdir(parents=True, exist_ok=True)
+    if not world.task.held_out():
+        raise ConfigError("the task has no evaluation problems: name a file, data=FILE")
     engine = construct(cfg["engine"], "engine", model=world.model.eval(), tokenizer=world.tokenizer)
-    config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
+    collector = build_collector(cfg, world, engine)
+    folder = Path(run or cfg["run_dir"]) / "eval"
+    with unwritable(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     with Bars() as bars:
-        collector = build_collector(cfg, world, engine)
         asyncio.run(closing(evaluate(collector, world.task, config, folder, bars), world, engine))
 
 
@@ -111,6 +127,7 @@ def build_world(cfg: Config) -> World:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # its bars for loading and saving tear those of the run
+    check_names(cfg)
     tools: dict[str, Tool] = {}  # filled below: the task shows the tools in prompts, and may bring their corpus
     task = construct(cfg["task"], "task", tools=tools)
     own = [Passage(*row) for row in task.own_corpus()] if hasattr(task, "own_corpus") else []
@@ -118,58 +135,70 @@ def build_world(cfg: Config) -> World:
         tool = construct(section, f"tools.{name}", passages=own)
         tools[tool.name] = tool
     words = task.words() if hasattr(task, "words") else ()
-    model, tokenizer = construct(cfg["model"], "model").load(words, cfg["seed"])
     dialect = construct(cfg["dialect"], "dialect")
     sft = construct_as(Sft, cfg["sft"], "sft")
+    model, tokenizer = construct(cfg["model"], "model").load(words, cfg["seed"])
+    for stop in dialect.stop(tools):
+        if stop not in tokenizer.decode(tokenizer.encode(stop)):
+            raise DataError(f"the tokenizer has no tokens for {stop!r}, which the dialect needs")
     return World(task=task, tools=tools, dialect=dialect, model=model, tokenizer=tokenizer, sft=sft)
 
 
-def build_learner(cfg: Config, world: World) -> tuple[Learner, Algorithm]:
-    algo = construct(cfg["algo"], "algo")
-    if not algo.needs_critic and cfg["rollout"]["group_size"] < 2:
+def build_learner(cfg: Config, world: World, algo: Algorithm, collector: Collector, loop: Loop) -> Learner:
+    if not algo.needs_critic and collector.group_size < 2:
         raise ConfigError(
-            f"rollout.group_size is {cfg['rollout']['group_size']}, and {type(algo).__name__} compares trajectories "
+            f"rollout.group_size is {collector.group_size}, and {type(algo).__name__} compares trajectories "
             "of one problem: use 2 or more"
         )
-    learner = construct_as(
+    if collector.temperature == 0:
+        raise ConfigError("rollout.temperature is 0, and training needs trajectories that differ: use 1.0")
+    return construct_as(
         Learner,
         cfg["learner"],
         "learner",
         policy=world.model,
         reference=copy.deepcopy(world.model).requires_grad_(False).eval() if algo.needs_reference else None,
         critic=Critic(world.model) if algo.needs_critic else None,
-        steps=cfg["loop"]["steps"],
+        steps=loop.steps,
         seed=cfg["seed"],
-        temperature=cfg["rollout"]["temperature"],
+        temperature=collector.temperature,
     )
-    return learner, algo
 
 
 def build_collector(cfg: Config, world: World, engine: Engine) -> Collector:
-    settings = dict(cfg["rollout"])
-    limits = construct_as(Limits, settings.pop("limits"), "rollout.limits")
+    check_section(cfg["rollout"], "rollout")
+    settings = {**cfg["rollout"]}
+    limits = construct_as(Limits, settings.pop("limits", None), "rollout.limits")
     player = Player(engine=engine, tokenizer=world.tokenizer, dialect=world.dialect, tools=world.tools, limits=limits)
     return construct_as(Collector, settings, "rollout", player=player, seed=cfg["seed"])
 
 
-def build_run(
-    cfg: Config, world: World, learner: Learner, algo: Algorithm, folder: Path, bars: Bars, first_step: int
-) -> Run:
+def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
+    """Whatever can be refused is refused here, before the cold start and before an earlier run is moved."""
+    loop = construct_as(Loop, cfg["loop"], "loop")
+    algo = construct(cfg["algo"], "algo")
+    reward = construct(cfg["reward"], "reward", correct=world.task.correct)
     sampler = copy.deepcopy(world.model).requires_grad_(False).eval()
     engine = construct(cfg["engine"], "engine", model=sampler, tokenizer=world.tokenizer)
+    collector = build_collector(cfg, world, engine)
+    learner = build_learner(cfg, world, algo, collector, loop)
+    check_questions(collector.player, world.task, loop)
+    if world.sft.steps and not first_step:
+        check_demonstrations(world)
+    folder = Path(cfg["resume"]) if cfg["resume"] else new_folder(cfg)
     wired = {"name": cfg["name"], "folder": folder, "config": cfg}
     extra = [construct(section, f"logger.{key}", **wired) for key, section in cfg["logger"].items()]
     loggers: list[Logger] = [JsonlLogger(folder / "metrics.jsonl", resume_step=first_step), *extra]
     return Run(
         task=world.task,
-        collector=build_collector(cfg, world, engine),
-        reward=construct(cfg["reward"], "reward", correct=world.task.correct),
+        collector=collector,
+        reward=reward,
         algo=algo,
         learner=learner,
         engine=engine,
         tokenizer=world.tokenizer,
         logger=Loggers(loggers),
-        loop=construct_as(Loop, cfg["loop"], "loop"),
+        loop=loop,
         folder=folder,
         bars=bars,
     )
@@ -180,15 +209,58 @@ def new_folder(cfg: Config) -> Path:
     from otcrl.compose import to_yaml
 
     folder = Path(cfg["run_dir"])
-    if folder.exists() and any(folder.iterdir()):
-        number = 1
-        while (old := folder.with_name(f"{folder.name}.{number}")).exists():
-            number += 1
-        folder.rename(old)
-        print(f"otcrl: {folder} held an earlier run, now {old}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(dict(cfg)))
+    with unwritable(folder):
+        if folder.exists() and any(folder.iterdir()):
+            number = 1
+            while (old := folder.with_name(f"{folder.name}.{number}")).exists():
+                number += 1
+            folder.rename(old)
+            print(f"otcrl: {folder} held an earlier run, now {old}")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(dict(cfg)))
     return folder
+
+
+@contextmanager
+def unwritable(folder: Path) -> Iterator[None]:
+    """Turns what the file system refuses into a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"run_dir: cannot write in {folder}: {error.strerror or error}") from error
+
+
+# -- what can only be seen when the parts are together -------------------------------------------------
+
+
+def check_names(cfg: Config) -> None:
+    for key, kind in (("name", str), ("run_dir", str), ("seed", int)):
+        if type(cfg[key]) is not kind or not str(cfg[key]):
+            raise ConfigError(f"{key} must be {kind.__name__}, got {cfg[key]!r}")
+    if not 0 <= cfg["seed"] < 2**32:
+        raise ConfigError(f"seed must be at least 0 and below 2**32, got {cfg['seed']}")
+
+
+def check_questions(player: Player, task: Task, loop: Loop) -> None:
+    """Raises DataError for a prompt that is empty or too long, and ConfigError when there is nothing to ask."""
+    asked = task.sample(0, min(loop.steps * loop.problems_per_step, MOST_CHECKED))
+    held_out = task.held_out()
+    if not held_out:
+        raise ConfigError("the task has no evaluation problems, and a run is judged by them")
+    for problem in (*asked, *held_out[:MOST_CHECKED]):
+        player.open(problem)
+
+
+def check_demonstrations(world: World) -> None:
+    """Raises ConfigError for demonstrations that the cold start could not use, or that call what is not there."""
+    sft = replace(world.sft, batch_size=max(world.sft.batch_size, 64))  # so that every kind is likely to be among them
+    batch(0, world.tokenizer, world.task, world.dialect, sft)
+    for demo in world.task.demonstrations(0, sft.batch_size, world.dialect):
+        for segment, following in pairwise(demo):
+            if segment.is_action and not following.is_action:
+                match world.dialect.parse(segment.text, world.tools):
+                    case Malformed(why):
+                        raise ConfigError(f"sft: a demonstration holds a call that cannot be made. {why}")
 
 
 async def closing(work: Any, world: World, engine: Engine) -> None:
@@ -196,6 +268,8 @@ async def closing(work: Any, world: World, engine: Engine) -> None:
     try:
         await work
     finally:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)  # takes a cancellation that is still on its way, which would cut the rest short
         await engine.close()
         await close(world.tools)
 

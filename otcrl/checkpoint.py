@@ -79,15 +79,29 @@ def latest(folder: Path) -> Checkpoint:
 
 
 def restore(checkpoint: Checkpoint, learner: Learner) -> None:
-    """Load weights, critic and optimizers into `learner`, in place."""
+    """Load weights, critic and optimizers into `learner`, in place. Raises DataError when they are another model's."""
     import torch
+
+    load_weights(checkpoint.path / "model", learner.policy)
+    state = torch.load(checkpoint.path / "state.pt", map_location="cpu", weights_only=True)
+    if missing := [name for name in learner.optimizers if name not in state]:
+        raise DataError(f"{checkpoint.path} was written without a {missing[0]}: resume with the algo it was made with")
+    learner.load_state_dict(state)
+
+
+def load_weights(path: Path, model: PreTrainedModel) -> None:
+    """The weights that `save_model` left in `path`, into `model`. Raises DataError when they do not fit."""
     from safetensors.torch import load_file
 
-    shards = sorted((checkpoint.path / "model").glob("*.safetensors"))
-    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-    missing, unexpected = learner.policy.load_state_dict(tensors, strict=False)
+    tensors = {
+        name: tensor for shard in sorted(path.glob("*.safetensors")) for name, tensor in load_file(shard).items()
+    }
+    for name, parameter in model.state_dict().items():
+        if name in tensors and tensors[name].shape != parameter.shape:
+            found, needed = list(tensors[name].shape), list(parameter.shape)
+            raise DataError(f"{path}: {name} is {found}, and the config's model has {needed}")
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
     tied = {name for name in missing if name.endswith("lm_head.weight")}  # saved once, as the embedding
     if unexpected or set(missing) - tied:
-        raise DataError(f"{checkpoint.path}: missing {sorted(set(missing) - tied)}, unexpected {sorted(unexpected)}")
-    learner.policy.tie_weights()
-    learner.load_state_dict(torch.load(checkpoint.path / "state.pt", map_location="cpu", weights_only=True))
+        raise DataError(f"{path}: missing {sorted(set(missing) - tied)}, unexpected {sorted(unexpected)}")
+    model.tie_weights()

@@ -39,6 +39,9 @@ def compose(overrides: Sequence[str], *, preset: Path | None = None, run: Path |
         if override.is_sweep_override():
             key = override.get_key_element()
             raise ConfigError(f"{override.input_line!r} lists several values: add -m to run each, or write {key}=[...]")
+        if override.key_or_group in groups() and not override.is_delete() and not isinstance(override.value(), str):
+            group = override.key_or_group
+            raise ConfigError(f"{override.input_line!r}: {group} is chosen by name.{nearest('', options(group))}")
     chosen = [override.key_or_group for override in parsed]
     with staged(preset, run, chosen) as stage:
         config = compose_staged(stage, overrides)
@@ -46,6 +49,9 @@ def compose(overrides: Sequence[str], *, preset: Path | None = None, run: Path |
     for key in config:
         if key not in sections:
             raise ConfigError(f"{key} is not a section of the config.{nearest(key, sections)}")
+    for key in sections:
+        if key not in config:
+            raise ConfigError(f"the config has no {key}")
     return config
 
 
@@ -152,7 +158,7 @@ def explained(error: Exception, stage: Path, overrides: Sequence[str]) -> Config
         group = unchosen[1]
         return ConfigError(f"no {group} is chosen: add {group}=NAME.{nearest('', options(group))}")
     if unknown := re.match(r"Could not (?:override|delete) '(.+?)'", lines[0]):
-        key = unknown[1]
+        key = getattr(error.__cause__, "full_key", None) or unknown[1]
         choices = [text for text in overrides if parse(text).key_or_group in groups()]
         if len(choices) < len(overrides):
             return ConfigError(f"{key} is not a setting.{nearest_setting(key, compose_staged(stage, choices))}")

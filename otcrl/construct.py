@@ -32,6 +32,7 @@ Constructor = Callable[..., T]
 
 def construct(node: Mapping[str, object], where: str, /, **wired: object) -> Any:  # only the yaml knows the type
     """The object that the section `where` describes. Raises ConfigError naming the setting that is wrong."""
+    check_section(node, where)
     if "_target_" not in node:
         raise ConfigError(f"{where} needs _target_, the class that it builds")
     settings = {key: value for key, value in node.items() if key != "_target_"}
@@ -40,6 +41,7 @@ def construct(node: Mapping[str, object], where: str, /, **wired: object) -> Any
 
 def construct_as(cls: Constructor[T], node: Mapping[str, object], where: str, /, **wired: object) -> T:
     """The same for a section whose class the code knows, e.g. `construct_as(Rollout, cfg["rollout"], "rollout")`."""
+    check_section(node, where)
     parameters = settings_of(cls)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
@@ -61,6 +63,12 @@ def construct_as(cls: Constructor[T], node: Mapping[str, object], where: str, /,
         raise type(error)(f"{where}: {error}") from error
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def check_section(node: object, where: str) -> None:
+    """Raises ConfigError for what is not settings by name: `sft=5`, `sft=null`."""
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{where} must be a section of settings, got {node!r}")
 
 
 def settings_of(cls: Constructor[object]) -> Mapping[str, inspect.Parameter]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich import get_console
 
 from otcrl import checkpoint
+from otcrl.errors import nearest
 from otcrl.evaluate.offloading import Offloading, offloading
 from otcrl.evaluate.report import FILE, Report, before_after_table, make_report
 from otcrl.loggers.jsonl import JsonlLogger
@@ -20,7 +21,7 @@ from otcrl.rollout.collect import Collector
 from otcrl.rollout.transcripts import write_transcripts
 from otcrl.sft import Sft, train_sft
 from otcrl.train import Bars, Run, train
-from otcrl.types import Metrics, Problem, Trajectory
+from otcrl.types import COUNTERS, Metrics, Problem, Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +35,10 @@ class Evaluate:
     sampled: bool  # also at the rollout's temperature, not only greedy
     offloading: bool  # also with tools off and with a call forced
     before: bool  # also before the first step
+
+    def __post_init__(self) -> None:
+        if self.counter not in COUNTERS:
+            raise ValueError(f"there is no counter {self.counter!r}.{nearest(self.counter, COUNTERS)}")
 
 
 @dataclass(frozen=True, kw_only=True)

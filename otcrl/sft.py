@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from otcrl.errors import DataError, TrainingError
+from otcrl.learner.learner import Optimizer, check_precision
 from otcrl.models.policy import autocast, token_logprobs
 from otcrl.protocols import Demo, Dialect, Task, Tokenizer
 from otcrl.types import Metrics
@@ -34,6 +35,19 @@ class Sft:
     max_grad_norm: float
     autocast: str | None  # bfloat16, or null for the model's own dtype
 
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("batch_size", 1), ("micro_tokens", 1), ("max_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        Optimizer(  # refuses what AdamW cannot work with
+            lr=self.lr,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_steps,
+            final_lr_share=self.final_lr_share,
+        )
+        check_precision(self.max_grad_norm, self.autocast)
+
 
 def train_sft(
     model: PreTrainedModel,
@@ -50,9 +64,7 @@ def train_sft(
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * cosine(step, config.steps, config.warmup_steps, config.final_lr_share)
-        demos = task.demonstrations(step, config.batch_size, dialect)
-        examples = [encode(demo, tokenizer, ends=dialect.ends_with_stop_token) for demo in demos]
-        check(examples, config.max_tokens, step)
+        examples = batch(step, tokenizer, task, dialect, config)
         num_actions = sum(sum(mask) for _, mask in examples)
         loss = 0.0
         for micro in by_length(examples, config.micro_tokens):
@@ -62,14 +74,23 @@ def train_sft(
             part = -logprobs_BT.sum() / num_actions  # one normaliser for the whole batch
             part.backward()
             loss += part.item()
-        if not math.isfinite(loss):
-            raise TrainingError(f"SFT loss is {loss} at step {step}: lower sft.lr (now {config.lr}).")
         norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
+        for name, value in (("loss", loss), ("gradient norm", norm)):
+            if not math.isfinite(value):
+                raise TrainingError(f"SFT {name} is {value} at step {step}: lower sft.lr (now {config.lr}).")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens = sum(len(ids) for ids, _ in examples)
         on_step(step, {"sft/loss": loss, "sft/grad_norm": norm, "sft/tokens": tokens})
     model.eval()
+
+
+def batch(step: int, tokenizer: Tokenizer, task: Task, dialect: Dialect, config: Sft) -> list[Example]:
+    """The examples of one step. Raises ConfigError when the task has none, DataError when they do not fit."""
+    demos = task.demonstrations(step, config.batch_size, dialect)
+    examples = [encode(demo, tokenizer, ends=dialect.ends_with_stop_token) for demo in demos]
+    check(examples, config.max_tokens, step)
+    return examples
 
 
 def encode(demo: Demo, tokenizer: Tokenizer, *, ends: bool) -> Example:

@@ -50,6 +50,19 @@ class Loop:
     transcripts_every: int  # steps; 0: never
     max_void_share: float  # of one step's trajectories, lost to infrastructure; more stops the run
 
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("steps", 0),
+            ("problems_per_step", 1),
+            ("checkpoint_every", 0),
+            ("keep_checkpoints", 1),
+            ("transcripts_every", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.max_void_share <= 1:
+            raise ValueError(f"max_void_share must be a share between 0 and 1, got {self.max_void_share}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -118,6 +131,8 @@ def kept(trajectories_PG: Groups, max_void_share: float) -> Groups:
             f"loop.max_void_share={max_void_share}; tool {tool!r} failed {times} times with: {error}"
         )
     groups = [[t for t in group if t.stop is not Stop.VOID and any(t.action_mask)] for group in trajectories_PG]
+    if not any(groups):
+        raise TrainingError(f"none of the step's {len(everything)} trajectories is left to learn from")
     return [group for group in groups if group]
 
 

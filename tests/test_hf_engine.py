@@ -140,6 +140,7 @@ def test_logprobs_equal_a_full_forward_across_tool_calls(name: str) -> None:
     async def play_all() -> list[tuple[list[int], list[float]]]:
         target = engine(model)
         played = await asyncio.gather(*(play(target, i) for i in range(16)))
+        assert target.stats.reused > target.stats.prefilled  # their caches outlived the tool calls, and rows moved
         await target.close()
         return played
 
@@ -150,6 +151,15 @@ def test_logprobs_equal_a_full_forward_across_tool_calls(name: str) -> None:
 def test_logprobs_are_those_of_the_temperature_that_was_sampled_at() -> None:
     ids, logprobs = run(play(engine(), 3, temperature=0.5))
     assert close(logprobs, full_forward(tiny_llama(VOCAB), ids, temperature=0.5))
+
+
+def test_the_model_still_respects_padding_elsewhere() -> None:
+    model = tiny_llama(VOCAB)
+    ids = torch.tensor([[0, 0, *prompt(0)]])
+    padded = {"attention_mask": (ids > 0).long(), "position_ids": (torch.arange(ids.shape[1]) - 2).clamp_min(0)[None]}
+    before = model(ids, **padded).logits
+    HFEngine(model=model, tokenizer=TOKENIZER, max_slots=1, context=512, prefill_tokens=64)
+    assert torch.allclose(model(ids, **padded).logits, before, atol=1e-5)
 
 
 def test_temperature_0_is_greedy_generate_and_reports_temperature_1() -> None:

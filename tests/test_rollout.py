@@ -16,7 +16,10 @@ from otcrl.rollout.collect import Collector, stable_seed
 from otcrl.rollout.loop import Limits, Player
 from otcrl.types import Outcome, Problem, Stop, Trajectory, count_calls
 
-WORDS = "who ? a b c <search> </search> <answer> </answer> <information> </information> Error:".split()
+WORDS = [
+    "b </answer>",
+    *"who ? a b c <search> </search> <answer> </answer> <information> </information> Error:".split(),
+]  # the first can be sampled, and is two tokens when its text is encoded
 TOKENIZER = word_tokenizer(WORDS)
 DIALECT = SearchR1(
     instructions="{question}", observation_template=" <information> {result} </information> ", require_think=False
@@ -98,6 +101,20 @@ def test_sampled_tokens_are_actions_and_nothing_else_is():
     assert injected(t) == "<bos> who ? <information> b </information>".split()
     assert [lp != 0 for lp in t.logprobs] == t.action_mask
     assert t.versions == [3 if acted else -1 for acted in t.action_mask]
+
+
+def test_a_sampled_id_is_kept_even_where_its_text_encodes_to_others():
+    whole = TOKENIZER.hf.convert_tokens_to_ids("b </answer>")
+    assert TOKENIZER.encode(TOKENIZER.decode([whole])) != [whole]
+
+    class Merging(Script):
+        async def generate(self, token_ids: Sequence[int], **settings) -> Completion:
+            ids = [*TOKENIZER.encode("<answer>"), whole]
+            return Completion(ids, [-0.25] * 2, [3] * 2, True)
+
+    t = play(Merging())
+    assert t.answer == "b"
+    assert t.token_ids[-1] == whole
 
 
 def test_every_turn_continues_the_very_tokens_of_the_last():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -19,7 +21,12 @@ class GRPO:
     clip_high: float
     kl_coef: float
     entropy_coef: float
-    weighting: str
+    weighting: Literal["token", "sequence"]
+
+    def __post_init__(self) -> None:
+        for name in ("std_floor", "clip_low", "clip_high", "kl_coef", "entropy_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
 
     needs_critic = False
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 from otcrl.algos import functional as F
 from otcrl.types import Batch, Forward, Scores, Targets, TokenLoss
@@ -19,7 +21,15 @@ class PPO:
     kl_reward_coef: float
     kl_coef: float
     entropy_coef: float
-    weighting: str
+    weighting: Literal["token", "sequence"]
+
+    def __post_init__(self) -> None:
+        for name in ("clip_low", "clip_high", "value_clip", "value_coef", "kl_reward_coef", "kl_coef", "entropy_coef"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
     needs_critic = True
     only_advantages_matter = False  # the value loss speaks about every row

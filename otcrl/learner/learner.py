@@ -6,6 +6,7 @@ rows are grouped into forward passes changes memory and speed, never the gradien
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from otcrl.algos.functional import token_weights
-from otcrl.errors import TrainingError
+from otcrl.errors import TrainingError, nearest
 from otcrl.models.policy import autocast, token_logprobs
 from otcrl.protocols import Algorithm
 from otcrl.types import Batch, Forward, Metrics, Rows, Scores, Targets, rows
@@ -25,6 +26,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from otcrl.models.critic import Critic
+
+
+def stop_if_cancelled() -> None:
+    """Ctrl-C cancels the task that trains; an update may take minutes, so it looks between two forward passes."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop: nobody can cancel
+        return
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
+AUTOCAST = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +51,28 @@ class Optimizer:
     warmup_steps: int
     final_lr_share: float  # 1: constant
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay", "warmup_steps", "final_lr_share"):
+            if not getattr(self, name) >= 0:  # nor NaN
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {list(self.betas)}")
+
     def build(self, module: nn.Module) -> torch.optim.AdamW:
         return torch.optim.AdamW(module.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
 
     def rate(self, step: int, steps: int) -> float:
         rise = min(1.0, (step + 1) / max(self.warmup_steps, 1))
         return self.lr * rise * (1 - (1 - self.final_lr_share) * step / max(steps, 1))
+
+
+def check_precision(max_grad_norm: float, autocast: str | None) -> None:
+    if not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
+    if autocast not in (None, *AUTOCAST):
+        raise ValueError(
+            f"autocast must be {', '.join(AUTOCAST)} or null, got {autocast!r}.{nearest(autocast, AUTOCAST)}"
+        )
 
 
 @dataclass(kw_only=True)
@@ -66,7 +96,12 @@ class Learner:
 
     def __post_init__(self) -> None:
         if self.old_logprobs not in ("recompute", "sampler"):
-            raise ValueError(f"old_logprobs must be 'recompute' or 'sampler', got {self.old_logprobs!r}")
+            hint = nearest(self.old_logprobs, ("recompute", "sampler"))
+            raise ValueError(f"old_logprobs must be 'recompute' or 'sampler', got {self.old_logprobs!r}.{hint}")
+        for name, least in (("epochs", 1), ("minibatch_size", 0), ("micro_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_precision(self.max_grad_norm, self.autocast)
         self.optimizers = {"policy": self.policy_optimizer.build(self.policy)}
         if self.critic is not None:
             self.optimizers["critic"] = self.critic_optimizer.build(self.critic)
@@ -92,7 +127,7 @@ class Learner:
     # -- update ------------------------------------------------------------------------------------
 
     def update(self, step: int, batch: Batch, scores: Scores, targets: Targets, algo: Algorithm) -> Metrics:
-        """`epochs` passes of mini-batch AdamW. Raises TrainingError, before it touches a weight, at a loss of NaN."""
+        """`epochs` passes of mini-batch AdamW. TrainingError, before a weight is touched, at a loss of NaN."""
         self._set_rates(step)
         totals: dict[str, list[float]] = defaultdict(list)
         gap = self._gap(batch, scores) if self.old_logprobs == "recompute" else {}
@@ -100,12 +135,15 @@ class Learner:
             sums = self._accumulate(rows(batch, index), rows(scores, index), rows(targets, index), algo)
             if not gap:  # nothing has been updated yet, so new log-probs are the old ones
                 gap = {"logprob_gap_mean": sums["logprob_gap"], "logprob_gap_max": sums["logprob_gap_max"]}
-            if not math.isfinite(sums["loss"]):
-                ids = index[:8].tolist()
-                raise TrainingError(
-                    f"loss is {sums['loss']} at step {step}, mini-batch {number} (rows {ids}...): nothing was updated"
-                )
-            for name, value in (sums | self._step()).items():
+            norms = self._clip()
+            for name, value in {"loss": sums["loss"], **norms}.items():
+                if not math.isfinite(value):
+                    raise TrainingError(
+                        f"{name} is {value} at step {step}, mini-batch {number} (rows {index[:8].tolist()}...): "
+                        "nothing was updated. Is learner.policy_optimizer.lr too high, or a reward not finite?"
+                    )
+            self._step()
+            for name, value in (sums | norms).items():
                 if not name.startswith("logprob_gap"):
                     totals[name].append(value)
         averages = {f"update/{name}": sum(v) / len(v) for name, v in totals.items()}
@@ -135,14 +173,17 @@ class Learner:
         means = {k: v if k in ("loss", "logprob_gap_max") else v / max(seen, 1e-12) for k, v in sums.items()}
         return {"loss": 0.0, "logprob_gap": 0.0, "logprob_gap_max": 0.0} | means | {"used_weight": seen}
 
-    def _step(self) -> dict[str, float]:
+    def _clip(self) -> dict[str, float]:
         norms = {}
         for name, optimizer in self.optimizers.items():
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             norms[f"{name}_grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
+        return norms
+
+    def _step(self) -> None:
+        for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return norms
 
     def _set_rates(self, step: int) -> None:
         configs = {"policy": self.policy_optimizer, "critic": self.critic_optimizer}
@@ -186,6 +227,7 @@ class Learner:
         for end in range(1, len(order) + 1):
             full = end < len(order) and int(lengths_B[order[end]]) * (end + 1 - start) > self.micro_tokens
             if full or end == len(order):
+                stop_if_cancelled()
                 index = torch.tensor(order[start:end])
                 yield index, self._cut(batch, index, int(lengths_B[order[end - 1]]))
                 start = end
@@ -197,6 +239,13 @@ class Learner:
         return type(data)(*(value[:, :width] if value.dim() == 2 else value for value in values))
 
     # -- weights and state ---------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Reference and critic start from the policy as it is now: it may have had a cold start."""
+        if self.reference is not None:
+            self.reference.load_state_dict(self.policy.state_dict())
+        if self.critic is not None:
+            self.critic.body.load_state_dict(self.policy.base_model.state_dict())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.policy.named_parameters():  # tied parameters once

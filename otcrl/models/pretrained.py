@@ -35,6 +35,14 @@ class Pretrained:
 
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         try:
+            usable = torch.device(device).type != "cuda" or torch.cuda.is_available()
+        except RuntimeError as error:
+            raise DataError(f"model.device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
+        if not usable:
+            raise DataError(f"model.device is {device!r}, and torch sees no GPU: use cpu or auto")
+        if Path(self.path).is_dir() and not (Path(self.path) / "config.json").is_file():
+            raise DataError(f"model.path {self.path!r} holds no model: there is no config.json in it")
+        try:
             tokenizer = AutoTokenizer.from_pretrained(self.path)
             model = AutoModelForCausalLM.from_pretrained(self.path, dtype=getattr(torch, self.dtype))
         except (OSError, ValueError) as error:

@@ -20,6 +20,13 @@ class TinyLlama:
     ff_width: int
     context: int
 
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads", "ff_width", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % (2 * self.heads):  # rotary embeddings turn pairs
+            raise ValueError(f"width must be a multiple of 2 * heads = {2 * self.heads}, got {self.width}")
+
     def load(self, words: Sequence[str], seed: int) -> tuple[PreTrainedModel, HFTokenizer]:
         """A freshly initialised float32 model and its tokenizer."""
         import torch

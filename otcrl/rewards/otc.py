@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import cos, pi, sin
+from math import cos, inf, pi, sin
 
 from otcrl.rewards.outcome import Phi
 from otcrl.types import COUNTERS, Problem, Reward, Stop, Trajectory, count_calls
@@ -61,8 +61,9 @@ class OTCReward:
         ):
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        if self.c <= 0:
-            raise ValueError(f"c must be above 0, got {self.c}")
+        for name in ("alpha", "c"):
+            if not 0 < getattr(self, name) < inf:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
 
     def __call__(self, trajectories_PG: Sequence[Sequence[Trajectory]]) -> list[list[Reward]]:
         phi = Phi(self.correct, self.format_weight, self.require_well_formed)

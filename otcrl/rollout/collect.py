@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from otcrl.errors import OtcrlError
@@ -22,12 +25,20 @@ class Collector:
     concurrency: int  # trajectories in flight
     seed: int
 
+    def __post_init__(self) -> None:
+        for name in ("group_size", "concurrency"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+
     async def groups(
         self, problems_P: Sequence[Problem], step: int, progress: Progress | None = None
     ) -> list[list[Trajectory]]:
         """[P][G] trajectories, sampled for training."""
         repeated = [p for p in problems_P for _ in range(self.group_size)]
-        names = [f"step {step}/{p.id}/{g}" for p in problems_P for g in range(self.group_size)]
+        attempts = defaultdict[str, Iterator[int]](itertools.count)  # a problem may come twice in a step
+        names = [f"step {step}/{p.id}/{next(attempts[p.id])}" for p in repeated]
         flat = await self.play(repeated, names, self.temperature, "", progress)
         return [flat[i : i + self.group_size] for i in range(0, len(flat), self.group_size)]
 

@@ -191,8 +191,8 @@ class HFEngine:
     async def _step(self, moves: Moves) -> None:
         loop = asyncio.get_running_loop()
         tokens, logprobs = await loop.run_in_executor(self._thread, self._forward.step, self._running, moves)
-        running, self._running = self._running, []
-        for here, token, logprob in zip(running, tokens, logprobs, strict=True):
+        running: list[Session] = []
+        for here, token, logprob in zip(self._running, tokens, logprobs, strict=True):
             request = here.request
             assert request is not None
             here.ids.append(token)
@@ -203,7 +203,8 @@ class HFEngine:
             if (is_over or len(here.ids) == request.end) and not request.future.done():
                 self._finish(here, request, is_over)
             else:
-                self._running.append(here)
+                running.append(here)
+        self._running = running
 
     def _finish(self, here: Session, request: Request, is_over: bool) -> None:
         ids = here.ids[request.start :]

@@ -195,10 +195,13 @@ def check_model(model: PreTrainedModel, context: int) -> None:
     if kinds or config.is_encoder_decoder or model._is_stateful:
         what = ", ".join(sorted(kinds)) or config.model_type
         raise ConfigError(f"the embedded engine runs decoders with plain attention only, not {what}: use engine=vllm")
-    for limit in ("max_position_embeddings", "sliding_window"):
-        most = getattr(config, limit, None)
+    limits = {name: getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")}
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":  # past this, the longest row of a batch would change all the others
+        limits["original_max_position_embeddings"] = rope.get("original_max_position_embeddings")
+    for name, most in limits.items():
         if most is not None and context > most:
-            raise ConfigError(f"context is {context}, and the model's {limit} is {most}: set context={most} or less")
+            raise ConfigError(f"context is {context}, and the model's {name} is {most}: set context={most} or less")
 
 
 def copy_weights(model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> None:

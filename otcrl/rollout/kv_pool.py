@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AttentionInterface, Cache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 TOKEN_BLOCK = 64  # the pool grows along tokens in multiples of this
 
@@ -88,15 +89,17 @@ def grouped_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,
     scaling: float | None = None,
+    is_causal: bool | None = None,
     position_bias: Tensor | None = None,
-    **kwargs: object,
+    **_: object,
 ) -> tuple[Tensor, None]:
     """[B, T, heads, head_dim] attention; for T = 1 the query heads that share a K/V head are its queries."""
     batch, heads, queries, dim = query.shape
     if queries > 1 or position_bias is not None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, position_bias=position_bias
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, position_bias
         )
     grouped = query.reshape(batch, key.shape[1], -1, dim)
     out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
@@ -105,3 +108,4 @@ def grouped_attention(
 
 GROUPED_ATTENTION = "otcrl_grouped"
 AttentionInterface.register(GROUPED_ATTENTION, grouped_attention)
+AttentionMaskInterface.register(GROUPED_ATTENTION, sdpa_mask)  # without it, such a model ignores padding elsewhere

@@ -27,6 +27,15 @@ class Limits:
     max_observation_tokens: int  # a longer result is cut at its end
     tool_timeout_s: float
 
+    def __post_init__(self) -> None:
+        if self.max_calls < 0:
+            raise ValueError(f"max_calls must be at least 0, got {self.max_calls}")
+        for name in ("max_turns", "max_tokens", "max_turn_tokens", "max_observation_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.tool_timeout_s > 0:
+            raise ValueError(f"tool_timeout_s must be above 0, got {self.tool_timeout_s}")
+
 
 @dataclass(slots=True)
 class Draft:

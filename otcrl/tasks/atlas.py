@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from otcrl.errors import ConfigError, nearest
 from otcrl.protocols import Demo, Dialect, Segment, Tool
 from otcrl.types import Problem
 
@@ -50,6 +51,24 @@ class Atlas:
     tools: Mapping[str, Tool] = field(repr=False, default_factory=dict)  # wired by build, for the prompt
 
     wired = frozenset({"tools"})
+
+    def __post_init__(self) -> None:
+        for name, most in (("entities", len(SYLLABLES) ** 3), ("large_sums", (LARGEST - 9) ** 2)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be 1 to {most}, got {getattr(self, name)}")
+        for name in ("values_per_relation", "held_out_per_kind", "copy_words"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("held_out_share", "demo_direct", "drill_share", "copy_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a share between 0 and 1, got {getattr(self, name)}")
+        if self.drill_share + self.copy_share > 1:
+            raise ValueError(f"drill_share and copy_share add up to {self.drill_share + self.copy_share}, more than 1")
+        for kind in self.demo_mix.keys() - OPTIMUM.keys():
+            raise ValueError(f"demo_mix: there is no kind {kind!r}.{nearest(kind, OPTIMUM)}")
+        for name, shares in (("demo_mix", list(self.demo_mix.values())), ("demo_extra", list(self.demo_extra))):
+            if not (sum(shares) > 0 and min(shares) >= 0):
+                raise ValueError(f"{name} must hold shares of 0 or more, not all of them 0, got {shares}")
 
     # -- the world ---------------------------------------------------------------------------------
 
@@ -122,7 +141,12 @@ class Atlas:
     @cached_property
     def train(self) -> dict[str, list[Problem]]:
         """kind -> problems that may be practised."""
-        return {k: [p for p in self.problems if p.source == k and not self._is_held_out(p.question)] for k in OPTIMUM}
+        found = {k: [p for p in self.problems if p.source == k and not self._is_held_out(p.question)] for k in OPTIMUM}
+        for kind in (kind for kind, problems in found.items() if not problems):
+            raise ConfigError(
+                f"no {kind} question is left to practise: lower task.held_out_share={self.held_out_share}"
+            )
+        return found
 
     def sample(self, step: int, count: int) -> list[Problem]:
         """Every kind equally often; each kind walks its own shuffled epochs."""
@@ -162,9 +186,8 @@ class Atlas:
         if problem.optimal_calls == 0 and rng.random() < self.demo_direct:
             calls = []
         else:
-            for _ in range(rng.choices(range(len(self.demo_extra)), self.demo_extra)[0]):
-                again = rng.randrange(len(calls))
-                calls.insert(again, calls[again])
+            # the last call again: repeating a first hop would teach to confuse the entity asked with the one found
+            calls += calls[-1:] * rng.choices(range(len(self.demo_extra)), self.demo_extra)[0]
         segments = [Segment(dialect.prompt(problem, self.tools), False)]
         for tool, arguments, result in calls:
             segments += [
