@@ -187,10 +187,10 @@ def main() -> None:
             print(line.format(**rows[-1]), flush=True)
             if way != "otcrl":
                 ratios[f"{dtype}_vs_{way}"] = round(took.wall_s / spent["otcrl"].wall_s, 2)
+        command = " ".join(["python", "benchmarks/hf_engine.py", *sys.argv[1:]])
+        result = {"machine": machine(), "command": command, "sequences": options.sequences}
+        options.out.write_text(json.dumps(result | {"rows": rows, "ratios": ratios}, indent=2) + "\n")
     print(json.dumps(ratios, indent=2))
-    command = " ".join(["python", "benchmarks/hf_engine.py", *sys.argv[1:]])
-    result = {"machine": machine(), "command": command, "sequences": options.sequences, "rows": rows, "ratios": ratios}
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def test_the_gradient_is_the_finite_difference_of_the_loss(algo):
 
 def test_log_probs_and_entropy_match_a_plain_softmax():
     batch = random_batch()
-    logprobs, entropy = token_logprobs(POLICY, batch.token_ids, batch.action_mask, temperature=0.7)
+    logprobs, entropy = token_logprobs(POLICY, batch.token_ids, batch.action_mask, 0.7, "measure")
     full = (POLICY(batch.token_ids).logits / 0.7).log_softmax(-1)
     for b, t in batch.action_mask.nonzero().tolist():
         assert logprobs[b, t].item() == pytest.approx(full[b, t - 1, batch.token_ids[b, t]].item(), abs=1e-5)

@@ -110,7 +110,7 @@ def test_sft_alone_writes_a_model_that_eval_measures(tmp_path, capsys):
     run_eval(eval_config([f"run={tmp_path / 'sft'}", "evaluate.offloading=true"]))
     shown = capsys.readouterr().out
     assert "greedy" in shown
-    assert "cognitive offloading" in shown
+    assert "ognitive offloading" in shown
     report = json.loads((tmp_path / "sft/eval/greedy/report.json").read_text())
     assert report["offloading"]["right_closed"]["value"] is not None
     assert set(report["sources"]) == {"known", "hidden", "two_hop", "small_sum", "large_sum", "search_sum"}

@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -161,7 +161,7 @@ class Learner:
             width, device = micro.token_ids.shape[1], self.policy.device
             w_BT = weights_BT[index, :width].to(device)
             cut_scores, cut_targets = self._cut(scores, index, width), self._cut(targets, index, width)
-            new = self._forward(micro, entropy_grad=algo.trains_entropy)
+            new = self._forward(micro, "train" if algo.trains_entropy else "measure")
             out = algo.token_loss(new, micro, cut_scores, cut_targets)
             loss = (out.loss * w_BT).sum()
             loss.backward()
@@ -193,16 +193,16 @@ class Learner:
 
     # -- pieces ------------------------------------------------------------------------------------
 
-    def _forward(self, micro: Batch, *, entropy_grad: bool) -> Forward:
-        logprobs, entropy = self._logprobs(self.policy, micro, entropy_grad=entropy_grad)
-        values = self._values(micro) if self.critic is not None else torch.zeros_like(logprobs)
-        return Forward(logprobs, entropy, values)
+    def _forward(self, micro: Batch, entropy: Literal["measure", "train"]) -> Forward:
+        logprobs_BT, entropy_BT = self._logprobs(self.policy, micro, entropy)
+        values_BT = self._values(micro) if self.critic is not None else torch.zeros_like(logprobs_BT)
+        return Forward(logprobs_BT, entropy_BT, values_BT)
 
-    def _logprobs(self, model: PreTrainedModel, micro: Batch, *, entropy_grad: bool = False) -> tuple[Tensor, Tensor]:
+    def _logprobs(
+        self, model: PreTrainedModel, micro: Batch, entropy: Literal["skip", "measure", "train"] = "skip"
+    ) -> tuple[Tensor, Tensor]:
         with autocast(self.autocast, model.device):
-            return token_logprobs(
-                model, micro.token_ids, micro.action_mask, self.temperature, entropy_grad=entropy_grad
-            )
+            return token_logprobs(model, micro.token_ids, micro.action_mask, self.temperature, entropy)
 
     def _values(self, micro: Batch) -> Tensor:
         assert self.critic is not None
