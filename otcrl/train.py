@@ -96,7 +96,7 @@ async def train_step(step: int, run: Run) -> Metrics:
     scores = run.learner.score(batch)
     targets = run.algo.targets(batch, scores)
     clock.lap("score")
-    update_metrics = run.learner.update(step, batch, scores, targets, run.algo)
+    update_metrics = run.learner.update(step, batch, scores, targets, run.algo, run.bars(f"step {step} update"))
     clock.lap("update")
     await run.engine.load_weights(run.learner.weights(), version=step + 1)
     clock.lap("sync")

@@ -13,6 +13,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -21,11 +24,13 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from otcrl.errors import ConfigError, EngineError
+from otcrl.models.tokenizer import HFTokenizer
 from otcrl.protocols import Completion
 from otcrl.rollout.hf_engine import HFEngine
 from otcrl.rollout.sampling import sample, uniforms
@@ -305,6 +310,24 @@ def test_a_stop_string_that_ends_inside_a_token_keeps_the_whole_token() -> None:
             assert stopped.token_ids == free.token_ids[: end + 1]
             assert TOKENIZER.decode(stopped.token_ids).endswith(tag + piece[1:])
             assert stopped.finished
+
+    run(stop())
+
+
+def test_a_stop_string_may_end_in_a_character_of_several_tokens() -> None:
+    alphabet = {character: i for i, character in enumerate([*sorted(ByteLevel.alphabet()), "<eos>"])}
+    backend = Tokenizer(BPE(alphabet, []))
+    backend.decoder = decoders.ByteLevel()
+    single_bytes = HFTokenizer(hf=PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"), chat=False)
+
+    async def stop() -> None:
+        target = HFEngine(model=tiny_llama(257), tokenizer=single_bytes, max_slots=1, context=512, prefill_tokens=64)
+        free = await ask(target, [1, 2, 3], max_tokens=300)
+        text = single_bytes.decode(free.token_ids)
+        accented = next(c for c in text if c.isalpha() and not c.isascii())
+        stopped = await ask(target, [1, 2, 3], stop=(accented,), max_tokens=300)
+        assert stopped.finished
+        assert single_bytes.decode(stopped.token_ids) == text[: text.index(accented) + 1]
 
     run(stop())
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -126,13 +126,21 @@ class Learner:
 
     # -- update ------------------------------------------------------------------------------------
 
-    def update(self, step: int, batch: Batch, scores: Scores, targets: Targets, algo: Algorithm) -> Metrics:
+    def update(
+        self,
+        step: int,
+        batch: Batch,
+        scores: Scores,
+        targets: Targets,
+        algo: Algorithm,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Metrics:
         """`epochs` passes of mini-batch AdamW. TrainingError, before a weight is touched, at a loss of NaN."""
         self._set_rates(step)
         totals: dict[str, list[float]] = defaultdict(list)
         gap = self._gap(batch, scores) if self.old_logprobs == "recompute" else {}
         for number, index in enumerate(self._minibatches(step, len(batch.rewards))):
-            sums = self._accumulate(rows(batch, index), rows(scores, index), rows(targets, index), algo)
+            sums = self._accumulate(rows(batch, index), rows(scores, index), rows(targets, index), algo, progress)
             if not gap:  # nothing has been updated yet, so new log-probs are the old ones
                 gap = {"logprob_gap_mean": sums["logprob_gap"], "logprob_gap_max": sums["logprob_gap_max"]}
             norms = self._clip()
@@ -149,13 +157,21 @@ class Learner:
         averages = {f"update/{name}": sum(v) / len(v) for name, v in totals.items()}
         return averages | {f"rollout/{name}": value for name, value in gap.items()}
 
-    def _accumulate(self, mini: Batch, scores: Scores, targets: Targets, algo: Algorithm) -> dict[str, float]:
+    def _accumulate(
+        self,
+        mini: Batch,
+        scores: Scores,
+        targets: Targets,
+        algo: Algorithm,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> dict[str, float]:
         """Gradients of one mini-batch, and the weighted mean of every per-token statistic."""
         weights_BT = token_weights(mini.action_mask, algo.weighting)
         acting_B = mini.action_mask.any(1)
         if algo.only_advantages_matter:  # the rest would add exactly nothing
             acting_B &= (targets.advantages != 0).any(1)
         sums: dict[str, float] = defaultdict(float)
+        done, total = 0, int(acting_B.sum())
         seen = 0.0  # share of the weight that was looked at, so statistics stay averages
         for index, micro in self._micros(mini, acting_B.nonzero().squeeze(-1)):
             width, device = micro.token_ids.shape[1], self.policy.device
@@ -170,6 +186,8 @@ class Learner:
                 sums[name] += (value_BT.detach() * w_BT).sum().item()
             sums["logprob_gap_max"] = max(sums["logprob_gap_max"], gap_BT.max().item())
             seen += w_BT.sum().item()
+            done += len(index)
+            progress(done, total)
         means = {k: v if k in ("loss", "logprob_gap_max") else v / max(seen, 1e-12) for k, v in sums.items()}
         return {"loss": 0.0, "logprob_gap": 0.0, "logprob_gap_max": 0.0} | means | {"used_weight": seen}
 

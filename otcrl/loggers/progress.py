@@ -5,23 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class Bars:
-    """`bars("rollout")` is a function to be called with (done, total); the bar goes when it is full."""
+    """`bars("rollout")` is a function to be called with (done, total): a bar that goes when it is full."""
 
     def __init__(self, console: Console | None = None) -> None:
         columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
         self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
 
     def __call__(self, name: str) -> Callable[[int, int], None]:
-        task = self._progress.add_task(name, total=None)
+        task: TaskID | None = None
 
         def update(done: int, total: int) -> None:
+            nonlocal task
+            if task is None:
+                task = self._progress.add_task(name)
             self._progress.update(task, completed=done, total=total)
             if done == total:
                 self._progress.remove_task(task)
+                task = None
 
         return update
 

@@ -1,0 +1,60 @@
+"""The same promises on CUDA. Deselected where there is none: `pytest -m gpu` runs them."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+
+import pytest
+import torch
+
+from otcrl.models.policy import token_logprobs
+from otcrl.models.tiny import TinyLlama
+from otcrl.rollout.hf_engine import HFEngine
+from otcrl.sft import Sft, train_sft
+from tests.test_sft import CONFIG, DIALECT, Fixed
+
+pytestmark = pytest.mark.gpu
+WORDS = "q ? <search> </search> <answer> </answer> <information> </information> a b c d".split()
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.fail("pytest -m gpu was asked for, and there is no CUDA device")
+    return torch.device("cuda")
+
+
+def test_the_engines_log_probs_are_the_learners(cuda):
+    model, tokenizer = TinyLlama(width=64, layers=2, heads=4, ff_width=96, context=64).load(WORDS, seed=0)
+    model = model.to(cuda)  # pyright: ignore[reportArgumentType]
+    engine = HFEngine(model=copy.deepcopy(model), tokenizer=tokenizer, max_slots=8, context=64, prefill_tokens=256)
+
+    async def sample() -> None:
+        prompt = tokenizer.prompt_ids("q ?")
+        names = [f"{i}" for i in range(16)]
+        done = await asyncio.gather(
+            *(
+                engine.generate(prompt, stop=[], max_tokens=20, temperature=0.8, seed=i, session=n)
+                for i, n in enumerate(names)
+            )
+        )
+        for completion in done:
+            ids = torch.tensor([[*prompt, *completion.token_ids]], device=cuda)
+            mask = torch.zeros(ids.shape, dtype=torch.bool, device=cuda)
+            mask[:, len(prompt) :] = True
+            logprobs, _ = token_logprobs(model, ids, mask, temperature=0.8)
+            found = torch.tensor(completion.logprobs)
+            assert torch.allclose(logprobs[0, len(prompt) :].cpu(), found, atol=1e-3)
+        await engine.close()
+
+    asyncio.run(sample())
+
+
+def test_the_cold_start_learns(cuda):
+    model, tokenizer = TinyLlama(width=16, layers=1, heads=2, ff_width=24, context=64).load(WORDS, seed=0)
+    losses: list[float] = []
+    config = Sft(**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__} | {"steps": 30})
+    moved = model.to(cuda)  # pyright: ignore[reportArgumentType]
+    train_sft(moved, tokenizer, Fixed("c", "d"), DIALECT, config, lambda step, m: losses.append(m["sft/loss"]))
+    assert losses[-1] < 0.3 * losses[0]
