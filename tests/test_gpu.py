@@ -33,12 +33,11 @@ def test_the_engines_log_probs_are_the_learners(cuda):
     async def sample() -> None:
         prompt = tokenizer.prompt_ids("q ?")
         names = [f"{i}" for i in range(16)]
-        done = await asyncio.gather(
-            *(
-                engine.generate(prompt, stop=[], max_tokens=20, temperature=0.8, seed=i, session=n)
-                for i, n in enumerate(names)
-            )
-        )
+        sampling = [
+            engine.generate(prompt, stop=[], max_tokens=20, temperature=0.8, seed=i, session=name)
+            for i, name in enumerate(names)
+        ]
+        done = await asyncio.gather(*sampling)
         for completion in done:
             ids = torch.tensor([[*prompt, *completion.token_ids]], device=cuda)
             mask = torch.zeros(ids.shape, dtype=torch.bool, device=cuda)
