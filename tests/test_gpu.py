@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from otcrl.models.policy import token_logprobs
 from otcrl.models.tiny import TinyLlama
 from otcrl.rollout.hf_engine import HFEngine
-from otcrl.sft import Sft, train_sft
+from otcrl.sft import train_sft
 from tests.test_sft import CONFIG, DIALECT, Fixed
 
 pytestmark = pytest.mark.gpu
@@ -53,7 +54,7 @@ def test_the_engines_log_probs_are_the_learners(cuda):
 def test_the_cold_start_learns(cuda):
     model, tokenizer = TinyLlama(width=16, layers=1, heads=2, ff_width=24, context=64).load(WORDS, seed=0)
     losses: list[float] = []
-    config = Sft(**{name: getattr(CONFIG, name) for name in CONFIG.__dataclass_fields__} | {"steps": 30})
+    config = replace(CONFIG, steps=30)
     moved = model.to(cuda)  # pyright: ignore[reportArgumentType]
     train_sft(moved, tokenizer, Fixed("c", "d"), DIALECT, config, lambda step, m: losses.append(m["sft/loss"]))
     assert losses[-1] < 0.3 * losses[0]

@@ -30,7 +30,9 @@ def token_logprobs(
     def actions_only(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (inputs[0][row_N, column_N - 1].unsqueeze(0),)
 
-    hook = model.get_output_embeddings().register_forward_pre_hook(actions_only)
+    head = model.get_output_embeddings()
+    assert head is not None, "a causal language model has an output layer"
+    hook = head.register_forward_pre_hook(actions_only)
     try:
         logits_NV = model(input_ids=token_ids_BT, use_cache=False).logits.squeeze(0)
     finally:
