@@ -177,20 +177,22 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    rows, ratios = [], {}
-    for dtype in options.dtypes:
+    command = " ".join(["python", "benchmarks/hf_engine.py", *sys.argv[1:]])
+    result = json.loads(options.out.read_text()) if options.out.exists() else {"rows": [], "ratios": {}}
+    for dtype in options.dtypes:  # rows of other dtypes stay as they are
         useful, spent = measure(options.model, getattr(torch, dtype), options.sequences)
+        result["rows"] = [row for row in result["rows"] if row["dtype"] != dtype]
         for way, took in spent.items():
             row = {"dtype": dtype, "way": way, "wall_s": round(took.wall_s, 2), "cpu_s": round(took.cpu_s, 2)}
-            rows.append(row | {"tokens_per_s": round(useful / took.wall_s, 1)})
+            row |= {"tokens_per_s": round(useful / took.wall_s, 1), "sequences": options.sequences, "command": command}
+            result["rows"].append(row)
             line = "{dtype:10}{way:20}{wall_s:9.2f} s wall {cpu_s:9.2f} s cpu {tokens_per_s:9.1f} useful tokens/s"
-            print(line.format(**rows[-1]), flush=True)
+            print(line.format(**row), flush=True)
             if way != "otcrl":
-                ratios[f"{dtype}_vs_{way}"] = round(took.wall_s / spent["otcrl"].wall_s, 2)
-        command = " ".join(["python", "benchmarks/hf_engine.py", *sys.argv[1:]])
-        result = {"machine": machine(), "command": command, "sequences": options.sequences}
-        options.out.write_text(json.dumps(result | {"rows": rows, "ratios": ratios}, indent=2) + "\n")
-    print(json.dumps(ratios, indent=2))
+                result["ratios"][f"{dtype}_vs_{way}"] = round(took.wall_s / spent["otcrl"].wall_s, 2)
+                result["ratios"][f"{dtype}_vs_{way}_cpu"] = round(took.cpu_s / spent["otcrl"].cpu_s, 2)
+        options.out.write_text(json.dumps({"machine": machine()} | result, indent=2) + "\n")
+    print(json.dumps(result["ratios"], indent=2))
 
 
 if __name__ == "__main__":

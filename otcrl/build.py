@@ -124,10 +124,13 @@ class World:
 
 
 def build_world(cfg: Config) -> World:
+    import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # its bars for loading and saving tear those of the run
     check_names(cfg)
+    if cfg.get("threads") is not None:
+        torch.set_num_threads(cfg["threads"])
     tools: dict[str, Tool] = {}  # filled below: the task shows the tools in prompts, and may bring their corpus
     task = construct(cfg["task"], "task", tools=tools)
     own = [Passage(*row) for row in task.own_corpus()] if hasattr(task, "own_corpus") else []
@@ -237,6 +240,9 @@ def check_names(cfg: Config) -> None:
     for key, kind in (("name", str), ("run_dir", str), ("seed", int)):
         if type(cfg[key]) is not kind or not str(cfg[key]):
             raise ConfigError(f"{key} must be {kind.__name__}, got {cfg[key]!r}")
+    threads = cfg.get("threads")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise ConfigError(f"threads must be null or at least 1, got {threads!r}")
     if not 0 <= cfg["seed"] < 2**32:
         raise ConfigError(f"seed must be at least 0 and below 2**32, got {cfg['seed']}")
 
