@@ -23,7 +23,8 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 ATLAS = [
-    "conf=quickstart", "threads=1", "task.entities=6", "task.large_sums=20", "task.held_out_per_kind=2", "model.width=16",
+    "conf=quickstart", "threads=1",
+    "task.entities=6", "task.large_sums=20", "task.held_out_per_kind=2", "model.width=16",
     "model.layers=1", "model.heads=2", "model.ff_width=32", "sft.steps=2", "sft.batch_size=8", "loop.steps=2",
     "loop.problems_per_step=2", "loop.checkpoint_every=1", "rollout.group_size=2", "evaluate.before=false",
     "evaluate.sampled=false", "tools.python.workers=1",

@@ -15,7 +15,8 @@ from otcrl.types import Outcome, Reward, Stop
 from tests.make import trajectory
 
 SMALL = [
-    "conf=quickstart", "threads=1", "task.entities=6", "task.large_sums=30", "task.held_out_per_kind=5", "model.width=32",
+    "conf=quickstart", "threads=1",
+    "task.entities=6", "task.large_sums=30", "task.held_out_per_kind=5", "model.width=32",
     "model.heads=2", "model.ff_width=48", "sft.steps=12", "sft.batch_size=30", "sft.warmup_steps=2",
     "loop.problems_per_step=6", "loop.checkpoint_every=2", "loop.transcripts_every=2", "rollout.group_size=4",
 ]  # fmt: skip
@@ -137,7 +138,8 @@ def test_too_many_void_trajectories_stop_the_run_and_name_the_tool_and_its_error
 def test_the_agent_learns_to_answer_right_with_fewer_calls(tmp_path):
     """A short quickstart: half the cold start, a third of the steps."""
     folder = tmp_path / "run"
-    train_short = ["conf=quickstart", "threads=1", "sft.steps=250", "loop.steps=20", "task.entities=16", "task.large_sums=100",
+    train_short = ["conf=quickstart", "threads=1",
+                   "sft.steps=250", "loop.steps=20", "task.entities=16", "task.large_sums=100",
                    "task.held_out_per_kind=15", f"run_dir={folder}"]  # fmt: skip
     run_train(run_config(train_short))
     summary = json.loads((folder / "summary.json").read_text())
