@@ -191,7 +191,7 @@ def main() -> None:
             if way != "otcrl":
                 result["ratios"][f"{dtype}_vs_{way}"] = round(took.wall_s / spent["otcrl"].wall_s, 2)
                 result["ratios"][f"{dtype}_vs_{way}_cpu"] = round(took.cpu_s / spent["otcrl"].cpu_s, 2)
-        options.out.write_text(json.dumps({"machine": machine()} | result, indent=2) + "\n")
+        options.out.write_text(json.dumps(result | {"machine": machine()}, indent=2) + "\n")
     print(json.dumps(result["ratios"], indent=2))
 
 
