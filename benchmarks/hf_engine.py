@@ -179,9 +179,10 @@ def main() -> None:
 
     command = " ".join(["python", "benchmarks/hf_engine.py", *sys.argv[1:]])
     result = json.loads(options.out.read_text()) if options.out.exists() else {"rows": [], "ratios": {}}
-    for dtype in options.dtypes:  # rows of other dtypes stay as they are
+    for dtype in options.dtypes:  # other rows stay as they are
         useful, spent = measure(options.model, getattr(torch, dtype), options.sequences)
-        result["rows"] = [row for row in result["rows"] if row["dtype"] != dtype]
+        same = {"dtype": dtype, "sequences": options.sequences}
+        result["rows"] = [row for row in result["rows"] if not same.items() <= row.items()]
         for way, took in spent.items():
             row = {"dtype": dtype, "way": way, "wall_s": round(took.wall_s, 2), "cpu_s": round(took.cpu_s, 2)}
             row |= {"tokens_per_s": round(useful / took.wall_s, 1), "sequences": options.sequences, "command": command}
@@ -189,8 +190,12 @@ def main() -> None:
             line = "{dtype:10}{way:20}{wall_s:9.2f} s wall {cpu_s:9.2f} s cpu {tokens_per_s:9.1f} useful tokens/s"
             print(line.format(**row), flush=True)
             if way != "otcrl":
-                result["ratios"][f"{dtype}_vs_{way}"] = round(took.wall_s / spent["otcrl"].wall_s, 2)
-                result["ratios"][f"{dtype}_vs_{way}_cpu"] = round(took.cpu_s / spent["otcrl"].cpu_s, 2)
+                result["ratios"][f"{dtype}_{options.sequences}_vs_{way}"] = round(
+                    took.wall_s / spent["otcrl"].wall_s, 2
+                )
+                result["ratios"][f"{dtype}_{options.sequences}_vs_{way}_cpu"] = round(
+                    took.cpu_s / spent["otcrl"].cpu_s, 2
+                )
         options.out.write_text(json.dumps(result | {"machine": machine()}, indent=2) + "\n")
     print(json.dumps(result["ratios"], indent=2))
 
