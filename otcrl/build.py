@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from otcrl import checkpoint
+from otcrl.compose import load, to_yaml
 from otcrl.construct import check_section, construct, construct_as
 from otcrl.errors import ConfigError, DataError
 from otcrl.experiment import Evaluate, Experiment, cold_start, evaluate, run_experiment
@@ -23,7 +24,7 @@ from otcrl.loggers import Loggers
 from otcrl.loggers.jsonl import JsonlLogger
 from otcrl.loggers.progress import Bars
 from otcrl.models.critic import Critic
-from otcrl.models.pretrained import Pretrained
+from otcrl.presets import conf_dir
 from otcrl.protocols import Algorithm, Dialect, Engine, Logger, Malformed, Task, Tool
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Limits, Player
@@ -87,11 +88,10 @@ def run_eval(cfg: Config) -> None:
         if not Path(path).is_dir():
             raise ConfigError(f"run={run} has no model yet: finish it with `otcrl train resume={run}`")
     if path is not None:
-        own = cfg["model"] if "Pretrained" in cfg["model"].get("_target_", "") else {}
-        settings = {"dtype": "float32", "chat": False, "device": "auto", "gradient_checkpointing": False}
-        settings |= {key: own[key] for key in settings if key in own}
-        model = {"_target_": f"{Pretrained.__module__}.Pretrained", **settings, "path": path}
-        cfg = {**cfg, "model": model}
+        model = load(conf_dir() / "model/pretrained.yaml")
+        if cfg["model"].get("_target_") == model["_target_"]:
+            model |= cfg["model"]
+        cfg = {**cfg, "model": {**model, "path": path}}
     if cfg["data"]:
         target = "otcrl.tasks.question_answering.QuestionAnswering"
         match = {"match": "math"} if "arithmetic" in cfg["task"].get("_target_", "") else {}
@@ -209,8 +209,6 @@ def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
 
 def new_folder(cfg: Config) -> Path:
     """An empty run directory with the config in it. What an earlier run left there is renamed, never lost."""
-    from otcrl.compose import to_yaml
-
     folder = Path(cfg["run_dir"])
     with unwritable(folder):
         if folder.exists() and any(folder.iterdir()):

@@ -111,8 +111,7 @@ def figures(report: Report | None) -> dict[str, float | None] | None:
 
 def show(after: Report, before: Report | None) -> None:
     console = get_console()
-    console.print(after.table())
-    if (table := after.offloading_table()) is not None:
+    for table in after.tables():
         console.print(table)
     if before is not None:
         console.print(before_after_table(before, after))

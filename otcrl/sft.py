@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from otcrl.bucketing import by_length
 from otcrl.errors import DataError, TrainingError
-from otcrl.learner.learner import Optimizer, check_precision
+from otcrl.learner.optimizer import Optimizer, check_precision
 from otcrl.models.policy import autocast, token_logprobs
 from otcrl.protocols import Demo, Dialect, Task, Tokenizer
 from otcrl.types import Metrics
@@ -27,11 +28,7 @@ class Sft:
     batch_size: int  # demonstrations per step
     micro_tokens: int  # padded tokens per forward pass; changes memory and speed, never the gradient
     max_tokens: int  # a longer demonstration is an error
-    lr: float
-    betas: tuple[float, float]
-    weight_decay: float
-    warmup_steps: int
-    final_lr_share: float  # cosine decay to this share of lr
+    optimizer: Optimizer
     max_grad_norm: float
     autocast: str | None  # bfloat16, or null for the model's own dtype
 
@@ -39,13 +36,6 @@ class Sft:
         for name, least in (("steps", 0), ("batch_size", 1), ("micro_tokens", 1), ("max_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        Optimizer(  # refuses what AdamW cannot work with
-            lr=self.lr,
-            betas=self.betas,
-            weight_decay=self.weight_decay,
-            warmup_steps=self.warmup_steps,
-            final_lr_share=self.final_lr_share,
-        )
         check_precision(self.max_grad_norm, self.autocast)
 
 
@@ -59,16 +49,15 @@ def train_sft(
 ) -> None:
     """Train `model` in place. Raises TrainingError when the loss is not finite."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    optimizer = config.optimizer.build(trained)
     model.train()
     for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * cosine(step, config.steps, config.warmup_steps, config.final_lr_share)
+        config.optimizer.set_rate(optimizer, step, config.steps)
         examples = batch(step, tokenizer, task, dialect, config)
         num_actions = sum(sum(mask) for _, mask in examples)
         loss = 0.0
-        for micro in by_length(examples, config.micro_tokens):
-            ids_BT, mask_BT = padded(micro, tokenizer.pad_id, model.device)
+        for bucket in by_length([len(ids) for ids, _ in examples], config.micro_tokens):
+            ids_BT, mask_BT = padded([examples[place] for place in bucket], tokenizer.pad_id, model.device)
             with autocast(config.autocast, model.device):
                 logprobs_BT, _ = token_logprobs(model, ids_BT, mask_BT)
             part = -logprobs_BT.sum() / num_actions  # one normaliser for the whole batch
@@ -77,7 +66,8 @@ def train_sft(
         norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
         for name, value in (("loss", loss), ("gradient norm", norm)):
             if not math.isfinite(value):
-                raise TrainingError(f"SFT {name} is {value} at step {step}: lower sft.lr (now {config.lr}).")
+                lr = config.optimizer.lr
+                raise TrainingError(f"SFT {name} is {value} at step {step}: lower sft.optimizer.lr (now {lr}).")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens = sum(len(ids) for ids, _ in examples)
@@ -117,25 +107,8 @@ def check(examples: Sequence[Example], max_tokens: int, step: int) -> None:
         raise DataError(f"the {len(examples)} demonstrations of SFT step {step} hold no action to learn")
 
 
-def by_length(examples: Sequence[Example], micro_tokens: int) -> Iterator[list[Example]]:
-    """Like lengths together, at most `micro_tokens` padded tokens at a time."""
-    micro: list[Example] = []
-    for example in sorted(examples, key=lambda e: len(e[0])):
-        if micro and len(example[0]) * (len(micro) + 1) > micro_tokens:
-            yield micro
-            micro = []
-        micro.append(example)
-    yield micro
-
-
 def padded(examples: Sequence[Example], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(len(ids) for ids, _ in examples)
     ids_BT = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids, _ in examples], device=device)
     mask_BT = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in examples], device=device)
     return ids_BT, mask_BT
-
-
-def cosine(step: int, steps: int, warmup: int, final: float) -> float:
-    """Linear warm-up, then half a cosine from 1 to `final`."""
-    rise = min(1.0, (step + 1) / max(warmup, 1))
-    return rise * max(final, 0.5 * (1 + math.cos(math.pi * step / steps)))

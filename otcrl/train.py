@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from otcrl import checkpoint
 from otcrl.errors import TrainingError
+from otcrl.evaluate.metrics import by_source
 from otcrl.protocols import Algorithm, Engine, Logger, RewardFn, Task
 from otcrl.rollout.collect import Collector, Progress
 from otcrl.rollout.transcripts import write_transcripts
@@ -105,7 +106,8 @@ async def train_step(step: int, run: Run) -> Metrics:
         scored = [pair for ts, rs in zip(kept_PG, rewards_PG, strict=True) for pair in zip(ts, rs, strict=True)]
         write_transcripts(run.folder / "transcripts.jsonl", step, scored)
     seen = rollout_metrics(trajectories_PG, kept_PG, rewards_PG)
-    return seen | sign_reversals(batch, targets) | update_metrics | clock.metrics(sum(map(len, flat_ids(kept_PG))))
+    tokens = sum(len(t.token_ids) for group in kept_PG for t in group)
+    return seen | sign_reversals(batch, targets) | update_metrics | clock.metrics(tokens)
 
 
 async def train(run: Run, first_step: int = 0) -> None:
@@ -136,10 +138,6 @@ def kept(trajectories_PG: Groups, max_void_share: float) -> Groups:
     return [group for group in groups if group]
 
 
-def flat_ids(trajectories_PG: Groups) -> list[list[int]]:
-    return [t.token_ids for group in trajectories_PG for t in group]
-
-
 def rollout_metrics(all_PG: Groups, kept_PG: Groups, rewards_PG: Sequence[Sequence[Reward]]) -> Metrics:
     """What the policy did, over the trajectories that count."""
     trajectories = [t for group in kept_PG for t in group]
@@ -154,15 +152,11 @@ def rollout_metrics(all_PG: Groups, kept_PG: Groups, rewards_PG: Sequence[Sequen
     metrics["rollout/void_share"] = sum(t.stop is Stop.VOID for g in all_PG for t in g) / sum(map(len, all_PG))
     metrics |= {f"stop/{stop}": fmean(t.stop is stop for t in trajectories) for stop in Stop if stop is not Stop.VOID}
     mixed = [len({r.value for r in group}) > 1 for group in rewards_PG]
-    return metrics | {"reward/groups_with_signal": fmean(mixed)} | by_source(kept_PG)
-
-
-def by_source(kept_PG: Groups) -> Metrics:
-    """Calls per data set: where tool use collapses, it shows here first."""
-    sources = {t.problem.source: [] for group in kept_PG for t in group}
-    for t in (t for group in kept_PG for t in group):
-        sources[t.problem.source].append(count_calls(t, "well_formed"))
-    return {f"calls/source/{name}": fmean(counts) for name, counts in sources.items()} if len(sources) > 1 else {}
+    metrics["reward/groups_with_signal"] = fmean(mixed)
+    sources = by_source(trajectories)  # where tool use collapses, it shows in one data set first
+    for name, own in sources.items() if len(sources) > 1 else ():
+        metrics[f"calls/source/{name}"] = fmean(count_calls(t, "well_formed") for t in own)
+    return metrics
 
 
 def sign_reversals(batch: Batch, targets: Targets) -> Metrics:

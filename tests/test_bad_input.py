@@ -103,7 +103,7 @@ IMPOSSIBLE = {
     "evaluate.counter=well_frmed": "evaluate: there is no counter 'well_frmed'. Did you mean 'well_formed'?",
     "sft.steps=-1": "sft: steps must be at least 0, got -1",
     "sft.batch_size=0": "sft: batch_size must be at least 1, got 0",
-    "sft.lr=-1": "sft: lr must be 0 or more, got -1.0",
+    "sft.optimizer.lr=-1": "sft.optimizer: lr must be 0 or more, got -1.0",
     "sft.autocast=int8": "sft: autocast must be bfloat16, float16 or null, got 'int8'.",
     "sft.max_tokens=5": "a demonstration of SFT step 0 has ",
     "sft=null": "sft must be a section of settings, got None",
@@ -256,8 +256,8 @@ def test_a_loss_of_nan_names_step_and_batch_and_the_run_goes_on_from_its_last_ch
 
 
 def test_sft_that_diverges_stops_before_it_writes_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    words = [*ATLAS, f"run_dir={tmp_path}/run", "sft.steps=9", "sft.lr=1e30"]
-    assert "lower sft.lr (now 1e+30)" in refusal(capsys, "train", *words, code=1)
+    words = [*ATLAS, f"run_dir={tmp_path}/run", "sft.steps=9", "sft.optimizer.lr=1e30"]
+    assert "lower sft.optimizer.lr (now 1e+30)" in refusal(capsys, "train", *words, code=1)
     assert not (tmp_path / "run/sft").exists()
 
 
@@ -265,7 +265,7 @@ def test_a_resumed_run_keeps_its_reference_and_refuses_another_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     folder = tmp_path / "run"
-    words = [*ATLAS, f"run_dir={folder}", "algo.kl_coef=0.1", "sft.steps=6", "sft.lr=0.1"]
+    words = [*ATLAS, f"run_dir={folder}", "algo.kl_coef=0.1", "sft.steps=6", "sft.optimizer.lr=0.1"]
     assert cli.main(["train", *words]) == 0
     whole = (folder / "metrics.jsonl").read_text().splitlines()
     shutil.rmtree(folder / "checkpoints/step-000002")

@@ -65,9 +65,10 @@ FOUR = [
 SPOILT = attempt("e", "yes", OK, OK, OK, stop=Stop.VOID)
 
 
-def shown(table: object) -> str:
+def shown(*tables: object) -> str:
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(table)
+    for table in tables:
+        console.print(table)
     return console.export_text()
 
 
@@ -301,11 +302,21 @@ def test_loggers_get_defined_figures_only() -> None:
 
 
 def test_the_table_shows_every_data_set_with_intervals_and_missing_calls() -> None:
-    text = shown(make_report(two_sources(), correct).table())
+    text = shown(make_report(two_sources(), correct).tables()[0])
     assert "0.750" in text  # TC of nq
     assert "0.00-1.50" in text  # and its interval
     assert "no calls" in text  # TP of hotpotqa
     assert text.index("nq") < text.index("hotpotqa") < text.index("overall")
+
+
+def test_the_tables_print_every_figure_of_the_json() -> None:
+    report = make_report(two_sources(), correct, offloading=compare_passes(NORMAL, CLOSED, FORCED, correct))
+    text = " ".join(shown(*report.tables()).split())
+    for name in (
+        "EM F1 TC TP best too many few emitted executed failed invalid sampled all tokens right with tools off".split()
+    ):
+        assert name in text
+    assert "nq 4 1.25 0.50 0.25 0.25 2.25 4.50" in text
 
 
 def test_before_and_after_are_compared_where_both_were_measured() -> None:

@@ -13,7 +13,8 @@ FILES = sorted((ROOT / "otcrl").rglob("*.py"))
 
 # A module may import what stands on its own line or above it, never below.
 LAYERS = (
-    ("errors", "presets"),
+    ("errors", "presets", "bucketing"),
+    ("jsonlines",),
     ("types",),
     ("protocols",),
     ("construct", "compose", "checkpoint", "dist", "loggers", "smollm2"),

@@ -12,7 +12,8 @@ from torch import Tensor
 from otcrl.algos.grpo import GRPO
 from otcrl.algos.ppo import PPO
 from otcrl.errors import TrainingError
-from otcrl.learner.learner import Learner, Optimizer
+from otcrl.learner.learner import Learner
+from otcrl.learner.optimizer import Optimizer
 from otcrl.models.critic import Critic
 from otcrl.models.policy import token_logprobs
 from otcrl.models.tiny import TinyLlama
@@ -21,7 +22,7 @@ from otcrl.types import Batch
 
 WORDS = [f"w{i}" for i in range(20)]
 POLICY = TinyLlama(width=16, layers=2, heads=2, ff_width=24, context=64).load(WORDS, seed=0)[0].double()
-SGD_LIKE = Optimizer(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=0, final_lr_share=1.0)
+SGD_LIKE = Optimizer(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=0, decay="linear", final_lr_share=1.0)
 
 
 def grpo(**other) -> GRPO:
@@ -279,9 +280,12 @@ def test_mini_batches_cover_every_row_once_an_epoch_in_a_seeded_order():
     assert first != [i.tolist() for i in learner._minibatches(6, 8)]
 
 
-def test_rates_warm_up_and_decay():
-    optimizer = Optimizer(lr=1.0, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=2, final_lr_share=0.5)
-    assert [optimizer.rate(s, 4) for s in range(4)] == pytest.approx([0.5, 0.875, 0.75, 0.625])
+def test_rates_warm_up_then_decay():
+    settings = {"lr": 1.0, "betas": (0.9, 0.95), "weight_decay": 0.0}
+    linear = Optimizer(**settings, warmup_steps=2, decay="linear", final_lr_share=0.5)
+    assert [linear.rate(s, 4) for s in range(4)] == pytest.approx([0.5, 0.875, 0.75, 0.625])
+    cosine = Optimizer(**settings, warmup_steps=10, decay="cosine", final_lr_share=0.1)
+    assert [cosine.rate(s, 100) for s in (0, 9, 50, 99)] == pytest.approx([0.1, 0.98, 0.5, 0.1], abs=0.01)
 
 
 def test_the_state_of_the_optimizers_and_the_critic_survives():

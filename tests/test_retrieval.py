@@ -52,7 +52,7 @@ GOOD = '{"id": "1", "title": "Rome", "text": "A city."}'
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("{nonsense", r"a\.jsonl, line 2: expected a JSON object .*got b'\{nonsense"),
+        ("{nonsense", r"a\.jsonl, line 2: expected one JSON object per line, got b'\{nonsense"),
         ("[1]", r"line 2: expected a JSON object"),
         ('{"title": "Rome", "text": "A city."}', r"line 2: .*`id` is missing; the row has \['text', 'title'\]"),
         ('{"id": "1", "text": "A city."}', r"line 2: .*`title` is missing"),

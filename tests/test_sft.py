@@ -10,17 +10,18 @@ import torch
 
 from otcrl.dialects.search_r1 import SearchR1
 from otcrl.errors import DataError, TrainingError
+from otcrl.learner.optimizer import Optimizer
 from otcrl.models.tiny import TinyLlama
 from otcrl.protocols import Demo, Dialect, Segment
-from otcrl.sft import Sft, by_length, cosine, encode, train_sft
+from otcrl.sft import Sft, encode, train_sft
 from otcrl.types import Problem
 
 WORDS = "q ? <search> </search> <answer> </answer> <information> </information> a b c d".split()
 MODEL, TOKENIZER = TinyLlama(width=16, layers=1, heads=2, ff_width=24, context=64).load(WORDS, seed=0)
 DIALECT = SearchR1(instructions="{question}", observation_template=" {result} ", require_think=False)
+ADAMW = Optimizer(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=0, decay="linear", final_lr_share=1.0)
 CONFIG = Sft(
-    steps=1, batch_size=3, micro_tokens=1000, max_tokens=64, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0,
-    warmup_steps=0, final_lr_share=1.0, max_grad_norm=1e9, autocast=None,
+    steps=1, batch_size=3, micro_tokens=1000, max_tokens=64, optimizer=ADAMW, max_grad_norm=1e9, autocast=None,
 )  # fmt: skip
 
 
@@ -106,15 +107,4 @@ def test_a_demonstration_that_is_too_long_is_refused_with_both_numbers():
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step():
     with pytest.raises(TrainingError, match="SFT loss is nan at step 1"):
-        trained(Fixed("c"), replace(CONFIG, steps=3, lr=float("inf")))
-
-
-def test_like_lengths_share_a_forward_pass():
-    lengths = [3, 9, 4, 8]
-    micros = list(by_length([([0] * n, [True] * n) for n in lengths], micro_tokens=18))
-    assert [[len(ids) for ids, _ in micro] for micro in micros] == [[3, 4], [8, 9]]
-
-
-def test_the_cosine_rises_then_falls_to_its_floor():
-    rates = [cosine(s, 100, 10, 0.1) for s in (0, 9, 50, 99)]
-    assert rates == pytest.approx([0.1, 0.98, 0.5, 0.1], abs=0.01)
+        trained(Fixed("c"), replace(CONFIG, steps=3, optimizer=replace(ADAMW, lr=float("inf"))))

@@ -17,7 +17,7 @@ from tests.make import trajectory
 SMALL = [
     "conf=quickstart", "threads=1",
     "task.entities=6", "task.large_sums=30", "task.held_out_per_kind=5", "model.width=32",
-    "model.heads=2", "model.ff_width=48", "sft.steps=12", "sft.batch_size=30", "sft.warmup_steps=2",
+    "model.heads=2", "model.ff_width=48", "sft.steps=12", "sft.batch_size=30", "sft.optimizer.warmup_steps=2",
     "loop.problems_per_step=6", "loop.checkpoint_every=2", "loop.transcripts_every=2", "rollout.group_size=4",
 ]  # fmt: skip
 

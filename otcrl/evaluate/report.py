@@ -17,9 +17,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FILE = "report.json"
-COLUMNS = {  # of the table, which has to fit a terminal; the JSON holds every figure
-    "em": "EM", "tc": "TC", "tp": "TP", "optimum": "best TC", "over_call": "over", "under_call": "under",
-    "sampled_tokens": "tokens",
+TABLES = {  # title -> its columns, as many as fit a terminal
+    "Evaluation": {"em": "EM", "f1": "F1", "tc": "TC", "tp": "TP"},
+    "Against the fewest calls that suffice": {"optimum": "best TC", "over_call": "too many", "under_call": "too few"},
+    "Calls and tokens per attempt": {
+        "emitted": "emitted", "executed": "executed", "failed": "failed", "invalid": "invalid",
+        "sampled_tokens": "sampled", "total_tokens": "all tokens",
+    },
 }  # fmt: skip
 OFFLOADING = {
     "right_closed": "right with tools off",
@@ -28,6 +32,7 @@ OFFLOADING = {
     "under_call": "a call would have helped, of those",
     "under_call_of_all": "a call would have helped, of all",
 }
+WITH_INTERVAL = ("em", "f1", "tc", "tp")
 COMPARED = {"em": "EM", "tc": "TC", "tp": "TP"}
 LOGGED = {"em": "accuracy", "f1": "f1", "tc": "tool_calls", "tp": "tool_productivity", "over_call": "over_call",
           "under_call": "under_call", "sampled_tokens": "sampled_tokens"}  # fmt: skip
@@ -40,31 +45,38 @@ class Report:
     counter: str  # which calls TC and TP count: a key of types.COUNTERS
     offloading: Offloading | None = None  # None: the passes were not run
 
-    def table(self) -> Table:
-        """Figures by data set and overall, EM, TC and TP with intervals; columns without a figure are left out."""
+    def tables(self) -> list[Table]:
+        """Every figure by data set and overall, for a terminal; a table of which nothing is known is left out."""
+        tables = [
+            self._by_data_set(title, columns)
+            for title, columns in TABLES.items()
+            if any(_estimate(self.overall, name).value is not None for name in columns)
+        ]
+        if tables:
+            tables[0].caption = (
+                f"95 % bootstrap intervals over n questions (report.json has them all)\n"
+                f"calls: {self.counter}; void trajectories: {self.overall.void}"
+            )
+        return tables + ([self._offloading()] if self.offloading is not None else [])
+
+    def _by_data_set(self, title: str, columns: Mapping[str, str]) -> Table:
         from rich import box
         from rich.table import Table
 
         rows = [*self.sources.items(), ("overall", self.overall)]
-        shown = [name for name in COLUMNS if any(_estimate(s, name).value is not None for _, s in rows) or name == "tp"]
-        caption = (
-            f"95 % bootstrap intervals over n questions; calls: {self.counter}; void trajectories: {self.overall.void}"
-        )
-        table = Table(title="Evaluation", caption=caption, box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("data set", no_wrap=True)
         table.add_column("n", justify="right")
-        for name in shown:
-            table.add_column(COLUMNS[name], justify="right", no_wrap=name in COMPARED)
+        for name, label in columns.items():
+            table.add_column(label, justify="right", no_wrap=name in WITH_INTERVAL)
         for source, summary in rows:
-            table.add_row(source, str(summary.questions), *(_cell(name, _estimate(summary, name)) for name in shown))
+            table.add_row(source, str(summary.questions), *(_cell(name, _estimate(summary, name)) for name in columns))
         return table
 
-    def offloading_table(self) -> Table | None:
-        """The shares of cognitive offloading; None when the passes were not run."""
+    def _offloading(self) -> Table:
         from rich.table import Table
 
-        if self.offloading is None:
-            return None
+        assert self.offloading is not None
         table = Table("questions", title="Cognitive offloading", caption=f"void trajectories: {self.offloading.void}")
         table.add_column("share", justify="right")
         for name, label in OFFLOADING.items():
@@ -183,7 +195,7 @@ def _text(value: float, digits: int = 3) -> str:
 def _cell(name: str, estimate: Estimate) -> str:
     if estimate.value is None:
         return _figure(name, None)
-    return _with_interval(estimate) if name in COMPARED else _text(estimate.value, 2)
+    return _with_interval(estimate) if name in WITH_INTERVAL else _text(estimate.value, 2)
 
 
 def _with_interval(estimate: Estimate) -> str:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from otcrl.algos.functional import token_weights
+from otcrl.bucketing import by_length
 from otcrl.errors import TrainingError, nearest
+from otcrl.learner.optimizer import Optimizer, check_precision
 from otcrl.models.policy import autocast, token_logprobs
 from otcrl.protocols import Algorithm
 from otcrl.types import Batch, Forward, Metrics, Rows, Scores, Targets, rows
@@ -36,43 +38,6 @@ def stop_if_cancelled() -> None:
         return
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
-
-
-AUTOCAST = ("bfloat16", "float16")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimizer:
-    """AdamW with linear warm-up and a linear decay to `final_lr_share` of lr over the run."""
-
-    lr: float
-    betas: tuple[float, float]
-    weight_decay: float
-    warmup_steps: int
-    final_lr_share: float  # 1: constant
-
-    def __post_init__(self) -> None:
-        for name in ("lr", "weight_decay", "warmup_steps", "final_lr_share"):
-            if not getattr(self, name) >= 0:  # nor NaN
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be at least 0 and below 1, got {list(self.betas)}")
-
-    def build(self, module: nn.Module) -> torch.optim.AdamW:
-        return torch.optim.AdamW(module.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
-
-    def rate(self, step: int, steps: int) -> float:
-        rise = min(1.0, (step + 1) / max(self.warmup_steps, 1))
-        return self.lr * rise * (1 - (1 - self.final_lr_share) * step / max(steps, 1))
-
-
-def check_precision(max_grad_norm: float, autocast: str | None) -> None:
-    if not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
-    if autocast not in (None, *AUTOCAST):
-        raise ValueError(
-            f"autocast must be {', '.join(AUTOCAST)} or null, got {autocast!r}.{nearest(autocast, AUTOCAST)}"
-        )
 
 
 @dataclass(kw_only=True)
@@ -102,9 +67,9 @@ class Learner:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         check_precision(self.max_grad_norm, self.autocast)
-        self.optimizers = {"policy": self.policy_optimizer.build(self.policy)}
+        self.optimizers = {"policy": self.policy_optimizer.build(self.policy.parameters())}
         if self.critic is not None:
-            self.optimizers["critic"] = self.critic_optimizer.build(self.critic)
+            self.optimizers["critic"] = self.critic_optimizer.build(self.critic.parameters())
 
     # -- score -------------------------------------------------------------------------------------
 
@@ -136,7 +101,9 @@ class Learner:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Metrics:
         """`epochs` passes of mini-batch AdamW. TrainingError, before a weight is touched, at a loss of NaN."""
-        self._set_rates(step)
+        configs = {"policy": self.policy_optimizer, "critic": self.critic_optimizer}
+        for name, optimizer in self.optimizers.items():
+            configs[name].set_rate(optimizer, step, self.steps)
         totals: dict[str, list[float]] = defaultdict(list)
         gap = self._gap(batch, scores) if self.old_logprobs == "recompute" else {}
         for number, index in enumerate(self._minibatches(step, len(batch.rewards))):
@@ -203,12 +170,6 @@ class Learner:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def _set_rates(self, step: int) -> None:
-        configs = {"policy": self.policy_optimizer, "critic": self.critic_optimizer}
-        for name, optimizer in self.optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = configs[name].rate(step, self.steps)
-
     # -- pieces ------------------------------------------------------------------------------------
 
     def _forward(self, micro: Batch, entropy: Literal["measure", "train"]) -> Forward:
@@ -239,16 +200,10 @@ class Learner:
 
     def _micros(self, batch: Batch, chosen: Tensor) -> Iterator[tuple[Tensor, Batch]]:
         """(row numbers, those rows cut to their longest, on the policy's device): like lengths together."""
-        lengths_B = batch.attention_mask.sum(1)
-        order = chosen[lengths_B[chosen].argsort()].tolist()
-        start = 0
-        for end in range(1, len(order) + 1):
-            full = end < len(order) and int(lengths_B[order[end]]) * (end + 1 - start) > self.micro_tokens
-            if full or end == len(order):
-                stop_if_cancelled()
-                index = torch.tensor(order[start:end])
-                yield index, self._cut(batch, index, int(lengths_B[order[end - 1]]))
-                start = end
+        lengths = batch.attention_mask.sum(1)[chosen].tolist()
+        for bucket in by_length(lengths, self.micro_tokens):
+            stop_if_cancelled()
+            yield chosen[bucket], self._cut(batch, chosen[bucket], max(lengths[place] for place in bucket))
 
     def _cut(self, data: Rows, index: Tensor, width: int) -> Rows:
         """Rows `index`, columns up to `width`, on the policy's device."""

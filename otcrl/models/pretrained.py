@@ -20,7 +20,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Pretrained:
     path: str  # directory or hub name
     dtype: str  # of the trained weights
-    chat: bool  # wrap the prompt as a user message of the tokenizer's chat template
+    chat: bool | None  # wrap the prompt as a user message of the chat template; None: if the tokenizer has one
     device: str  # cpu, cuda, cuda:1 ...; auto: cuda when there is one
     gradient_checkpointing: bool
 
@@ -53,4 +53,5 @@ class Pretrained:
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         model.to(device)  # pyright: ignore[reportArgumentType]  # its `self` is a protocol no model meets
-        return model, HFTokenizer(hf=tokenizer, chat=self.chat)
+        chat = self.chat if self.chat is not None else bool(tokenizer.chat_template)
+        return model, HFTokenizer(hf=tokenizer, chat=chat)

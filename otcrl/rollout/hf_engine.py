@@ -183,7 +183,7 @@ class HFEngine:
                 self._admit()
                 if self._running:
                     await self._step(self._compact())
-        except BaseException as error:
+        except BaseException as error:  # whatever it is, who awaits a completion must hear of it, or waits for ever
             self._fail(error)
             if not isinstance(error, Exception):
                 raise

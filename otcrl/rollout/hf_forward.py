@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from otcrl.bucketing import by_length
 from otcrl.errors import ConfigError, EngineError, nearest
 from otcrl.protocols import Completion
 from otcrl.rollout.kv_pool import GROUPED_ATTENTION, KVPool, Window
@@ -111,8 +112,8 @@ class Forward:
                     continue
             if here.missing:
                 todo.append(here)
-        for batch in batches(todo, self._prefill_tokens):
-            self._extend(batch)
+        for bucket in by_length([here.missing for here in todo], self._prefill_tokens):
+            self._extend([todo[place] for place in bucket])
         if twins:
             source, target = [original.row for original, _ in twins], [twin.row for _, twin in twins]
             self._pool.copy(source, target, max(original.cached for original, _ in twins))
@@ -176,25 +177,13 @@ class Forward:
         }
 
 
-def batches(sessions: Iterable[Session], max_tokens: int) -> Iterator[list[Session]]:
-    """Sessions of similar need together, at most `max_tokens` padded tokens at a time; a longer one is alone."""
-    batch: list[Session] = []
-    for here in sorted(sessions, key=lambda here: here.missing):
-        if batch and (len(batch) + 1) * here.missing > max_tokens:
-            yield batch
-            batch = []
-        batch.append(here)
-    if batch:
-        yield batch
-
-
 def check_model(model: PreTrainedModel, context: int) -> None:
     """Raises ConfigError if the model's memory is not plain attention over the whole context."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds or config.is_encoder_decoder or model._is_stateful:
         what = ", ".join(sorted(kinds)) or config.model_type
-        raise ConfigError(f"the embedded engine runs decoders with plain attention only, not {what}: use engine=vllm")
+        raise ConfigError(f"the embedded engine runs decoders with plain attention only, not {what}")
     limits = {name: getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window")}
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":  # past this, the longest row of a batch would change all the others

@@ -23,6 +23,7 @@ from functools import cached_property
 
 from otcrl.errors import ConfigError, nearest
 from otcrl.protocols import Demo, Dialect, Segment, Tool
+from otcrl.tasks.records import shuffled_epochs
 from otcrl.types import Problem
 
 KNOWN = ("color", "pet", "city", "spouse")
@@ -150,13 +151,11 @@ class Atlas:
 
     def sample(self, step: int, count: int) -> list[Problem]:
         """Every kind equally often; each kind walks its own shuffled epochs."""
-        kinds = list(OPTIMUM)
-        found = []
-        for i in range(step * count, (step + 1) * count):
-            pool = self.train[kinds[i % len(kinds)]]
-            epoch, place = divmod(i // len(kinds), len(pool))
-            found.append(random.Random(f"{self.seed}/{i % len(kinds)}/{epoch}").sample(pool, len(pool))[place])
-        return found
+        pools = list(self.train.values())
+        turns = (divmod(i, len(pools)) for i in range(step * count, (step + 1) * count))
+        return [
+            pools[kind][shuffled_epochs(len(pools[kind]), place, 1, f"{self.seed}/{kind}")[0]] for place, kind in turns
+        ]
 
     def held_out(self) -> list[Problem]:
         rng = random.Random(f"{self.seed}/held_out")

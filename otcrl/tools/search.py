@@ -173,7 +173,7 @@ class Batches:
         try:
             hits = self._open().search(queries, self._tool.topk)
             texts = [self._tool.show([hit.passage for hit in query_hits]) for query_hits in hits]
-        except Exception as error:  # it belongs to those who wait
+        except Exception as error:  # whatever it is, it belongs to those who wait: this thread has nobody to tell
             with self._lock:
                 futures = [self._asked.pop(query) for query in queries]
             for future in futures:

@@ -6,14 +6,12 @@ Two kinds of row are read: `{id, title, text}`, and Search-R1's `{id, contents}`
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from otcrl.errors import DataError
+from otcrl.jsonlines import read_json_lines
 
 EXPECTED = '{"id", "title", "text"} or {"id", "contents"}'
 
@@ -49,29 +47,17 @@ class Corpus:
 
 def read_passages(path: str | Path) -> Iterator[Passage]:
     """The passages of one file; blank lines are skipped. Raises DataError naming the line."""
-    number = 0
-    try:
-        with gzip.open(path, "rb") if str(path).endswith(".gz") else open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield parse_passage(line, f"{path}, line {number}")
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file after line {number}: {error}") from error
-    except OSError as error:
-        raise DataError(f"corpus file {path} cannot be read: {error.strerror or error}") from error
+    for where, row in read_json_lines(path):
+        yield parse_passage(row, where)
 
 
-def parse_passage(line: bytes, where: str) -> Passage:
+def parse_passage(row: object, where: str) -> Passage:
     """One row. Raises DataError; `where` names the line in it."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise DataError(f"{where}: expected a JSON object {EXPECTED}, got {line[:60]!r}: {error}") from error
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object {EXPECTED}, got {line[:60]!r}")
+        raise DataError(f"{where}: expected a JSON object {EXPECTED}, got {str(row)[:60]}")
     if isinstance(row.get("contents"), str) and "text" not in row:
         title, _, text = row["contents"].partition("\n")
-        row = {"id": row.get("id"), "title": title.strip().strip('"'), "text": text}
+        row = {**row, "title": title.strip().strip('"'), "text": text}
     if not isinstance(row.get("id"), str | int):
         raise DataError(f"{where}: expected {EXPECTED}, but `id` is missing; the row has {sorted(row)}")
     for column in ("title", "text"):

@@ -161,7 +161,7 @@ def child(request: dict, scratch: str, baseline_bytes: int, pipes: list[int], nu
         limit_self(request, baseline_bytes)
         gc.enable()
         code = run_program(request["code"], value_fd)
-    except BaseException:
+    except BaseException:  # a copy of the zygote must end here, not go on in the zygote's loop
         traceback.print_exc()
     finally:
         os._exit(code)
