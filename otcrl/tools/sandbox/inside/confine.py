@@ -1,0 +1,138 @@
+"""Locks one child up before it runs a program that nobody has read. Standard library only: it runs inside.
+
+The zygote keeps CAP_SYS_ADMIN of the sandbox's own user namespace, to make a namespace of each other kind for each
+child; the child gives every capability up before it is handed a program. Kernel interfaces: capabilities(7),
+landlock(7), mount(2), prctl(2), seccomp(2), unshare(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import struct
+from collections.abc import Mapping
+
+NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_PIDS, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x20000000, 0x40000000
+READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT = 1, 2, 4, 8, 32
+PR_SET_DUMPABLE, PR_GET_SECCOMP, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 4, 21, 22, 24, 36
+PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
+SECCOMP_MODE_FILTER = 2
+CAPABILITY_VERSION_3 = 0x20080522
+LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same on every architecture
+LANDLOCK_VERSION, LANDLOCK_PATH_BENEATH = 1, 1
+FS_EXECUTE, FS_WRITE_FILE, FS_READ_FILE, FS_READ_DIR = 1, 2, 4, 8
+FS_ALL = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}  # first ABI -> rights it knows
+MAX_OPEN_FILES = 128
+LAST_WORDS_BYTES = 64 << 20  # a program out of memory still needs some to say so
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def checked(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def prctl(option: int, *arguments: object) -> int:
+    return libc.prctl(option, *(arguments + (0,) * (4 - len(arguments))))
+
+
+def fork_alone(own_pids: int) -> int:
+    """`os.fork`, the child being pid 1 of a new pid namespace. `own_pids`: an open /proc/self/ns/pid."""
+    checked(libc.unshare(NEW_PIDS), "a pid namespace")
+    try:
+        pid = os.fork()
+    except OSError:
+        libc.setns(own_pids, NEW_PIDS)
+        raise
+    if pid:
+        checked(libc.setns(own_pids, NEW_PIDS), "back to the own pid namespace")
+    return pid
+
+
+def private_world(scratch: Mapping[str, int]) -> None:
+    """New mount, IPC, host name and network namespaces; `scratch` directories (-> bytes) empty, /proc gone."""
+    checked(libc.unshare(NEW_MOUNTS | NEW_IPC | NEW_UTS | NEW_NET), "namespaces")
+    for directory, size in scratch.items():
+        mount(directory, NO_SUID | NO_DEV | NO_EXEC, f"size={size},nr_inodes=16384,mode=0700")
+    mount("/proc", NO_SUID | NO_DEV | NO_EXEC | READ_ONLY, "size=0,mode=0555")
+
+
+def mount(directory: str, flags: int, options: str) -> None:
+    checked(libc.mount(b"tmpfs", directory.encode(), b"tmpfs", flags, options.encode()), f"a tmpfs on {directory}")
+
+
+def drop_capabilities() -> None:
+    """None is left, and none can come back."""
+    for capability in range(64):
+        if prctl(PR_CAPBSET_DROP, capability) < 0:
+            break  # past the last one that the kernel has
+    checked(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL), "dropping ambient capabilities")
+    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
+    checked(libc.capset(header, bytes(24)), "dropping capabilities")
+    checked(prctl(PR_SET_NO_NEW_PRIVS, 1), "no_new_privs")
+
+
+def landlock_abi() -> int:
+    """0 where the kernel has no Landlock."""
+    return max(0, libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(LANDLOCK_VERSION)))
+
+
+def restrict_files(abi: int, writable: Mapping[str, int]) -> None:
+    """Landlock: reading anywhere in sight, writing beneath `writable` only; no TCP, no signals to the outside."""
+    everything = FS_ALL[max(first for first in FS_ALL if first <= abi)]
+    tcp = 3 if abi >= 4 else 0  # bind, connect
+    scopes = 3 if abi >= 6 else 0  # abstract sockets, signals
+    attributes = struct.pack("=QQQ", everything, tcp, scopes)[: 8 if abi < 4 else 16 if abi < 6 else 24]
+    size = ctypes.c_size_t(len(attributes))
+    ruleset = checked(libc.syscall(LANDLOCK_CREATE, attributes, size, ctypes.c_uint(0)), "a Landlock ruleset")
+    read = FS_EXECUTE | FS_READ_FILE | FS_READ_DIR
+    rights = {"/": read, "/dev/null": FS_READ_FILE | FS_WRITE_FILE, **dict.fromkeys(writable, everything)}
+    for path, allowed in rights.items():
+        beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        rule = struct.pack("=Qi", allowed, beneath)
+        checked(libc.syscall(LANDLOCK_ADD, ruleset, LANDLOCK_PATH_BENEATH, rule, 0), f"a Landlock rule for {path}")
+        os.close(beneath)
+    checked(libc.syscall(LANDLOCK_RESTRICT, ruleset, 0), "Landlock")
+    os.close(ruleset)
+
+
+def restrict_syscalls(program: bytes) -> None:
+    """Seccomp with a BPF program: an array of `struct sock_filter`, 8 bytes each."""
+
+    class Program(ctypes.Structure):
+        _fields_ = (("length", ctypes.c_ushort), ("filters", ctypes.c_char_p))
+
+    bpf = Program(len(program) // 8, program)
+    checked(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(bpf)), "seccomp")
+
+
+def limit_resources(*, baseline_bytes: int, memory_mb: int, cpu_s: int, file_bytes: int, processes: int) -> None:
+    """Lower this process's limits; memory counts on top of what the warmed interpreter already maps."""
+    memory = baseline_bytes + (memory_mb << 20)
+    limits: dict[int, tuple[int, int]] = {
+        resource.RLIMIT_AS: (memory, memory + LAST_WORDS_BYTES),
+        resource.RLIMIT_CPU: (cpu_s, cpu_s + 1),
+        resource.RLIMIT_FSIZE: (file_bytes, file_bytes),
+        resource.RLIMIT_NPROC: (processes, processes),  # the kernel exempts root, hence the zygote counts as well
+        resource.RLIMIT_NOFILE: (MAX_OPEN_FILES, MAX_OPEN_FILES),
+        resource.RLIMIT_CORE: (0, 0),
+        resource.RLIMIT_MSGQUEUE: (0, 0),
+        resource.RLIMIT_MEMLOCK: (0, 0),
+    }
+    for which, (soft, hard) in limits.items():
+        ceiling = resource.getrlimit(which)[1]
+        if ceiling != resource.RLIM_INFINITY:
+            soft, hard = min(soft, ceiling), min(hard, ceiling)
+        resource.setrlimit(which, (soft, hard))
+
+
+def first_to_go() -> None:
+    """If the machine runs out of memory, the kernel is to choose this process."""
+    prctl(PR_SET_DUMPABLE, 1)  # the zygote is not; only so is the next line allowed
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "wb", buffering=0) as file:
+        file.write(b"1000")

@@ -1,0 +1,439 @@
+"""The warmed interpreter that forks a child for each call, watches it and kills it. It runs inside, as pid 1.
+
+One call at a time; the child of the next call is forked and locked up while nobody waits for it. A session's child
+lives on between its calls, stopped. The zygote itself runs no program, and trusts nothing that a child says but its
+exit status and its bytes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import contextlib
+import fcntl
+import gc
+import importlib
+import io
+import json
+import math
+import os
+import random
+import resource
+import select
+import shutil
+import signal
+import site
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from dataclasses import dataclass, field
+from typing import Any
+
+from otcrl.tools.sandbox.inside import channel, confine, program
+
+SAMPLE_S = 0.02  # how often a running call's processes and memory are counted
+MAX_THREADS = 128  # of one call, over all its processes
+MOST_REPORT = 2 * program.MOST_FETCHED  # bytes that a child may say about itself
+
+
+class Capture:
+    """The first and the last `limit` bytes of a stream; what lies between is only counted."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.head, self.tail, self.dropped = limit, b"", b"", 0
+
+    def take(self, fd: int) -> bool:
+        """Read once what is there; False at the end of the stream, or when nothing is."""
+        try:
+            part = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            return False
+        room = self.limit - len(self.head)
+        self.head += part[:room]
+        self.tail += part[room:]
+        if len(self.tail) > self.limit:
+            self.dropped += len(self.tail) - self.limit
+            self.tail = self.tail[-self.limit :]
+        return bool(part)
+
+    def total(self) -> int:
+        return len(self.head) + len(self.tail) + self.dropped
+
+    def text(self) -> str:
+        return (self.head + self.tail).decode(errors="replace")
+
+
+class Report:
+    """What a child says about itself, as far as it can be understood."""
+
+    def __init__(self) -> None:
+        self.content = b""
+
+    def take(self, fd: int) -> bool:
+        try:
+            part = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            return False
+        if len(self.content) < MOST_REPORT:
+            self.content += part
+        return bool(part)
+
+    def total(self) -> int:
+        return 0
+
+    def is_whole(self) -> bool:
+        size = channel.HEADER.size
+        return len(self.content) >= size and len(self.content) - size >= channel.HEADER.unpack(self.content[:size])[0]
+
+    def message(self) -> dict[str, Any] | None:
+        """None for what is no report, or not all of one."""
+        if not self.is_whole():
+            return None
+        (length,) = channel.HEADER.unpack(self.content[: channel.HEADER.size])
+        try:
+            said = json.loads(self.content[channel.HEADER.size :][:length])
+            return {
+                "code": int(said["code"]),
+                "value": str(said["value"]),
+                "cut": int(said["cut"]),
+                "files": {str(name): str(content) for name, content in said["files"].items()},
+            }
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+
+
+@dataclass
+class Child:
+    """One forked process and the pipes to it; `directory` is its own where there is no isolation."""
+
+    pid: int
+    pidfd: int
+    requests: int
+    stdout: int
+    stderr: int
+    reports: int
+    directory: str | None
+
+    def close(self) -> None:
+        for fd in (self.pidfd, self.requests, self.stdout, self.stderr, self.reports):
+            os.close(fd)
+
+
+@dataclass
+class Zygote:
+    isolated: bool
+    scratch: dict[str, int]  # directory -> bytes
+    seccomp: bytes
+    max_processes: int
+    max_sessions: int
+    max_output_bytes: int
+    landlock: int  # ABI; 0: the kernel has none
+    spare: Child | None = None  # of the next call
+    ended: Child | None = None  # killed and not yet reaped
+    sessions: dict[str, Child] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.null = os.open(os.devnull, os.O_RDWR)
+        self.own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        with open("/proc/self/statm") as f:
+            mapped, resident = (int(pages) * resource.getpagesize() for pages in f.read().split()[:2])
+        self.mapped_bytes, self.resident_bytes = mapped, resident
+
+    # -- children ------------------------------------------------------------------------------------
+
+    def fork(self) -> Child:
+        """A child that is locked up and waits for its program."""
+        (there, requests), (stdout, out), (stderr, err), (reports, says) = (os.pipe() for _ in range(4))
+        directory = None if self.isolated else tempfile.mkdtemp(dir=next(iter(self.scratch)))
+        pid = confine.fork_alone(self.own_pids) if self.isolated else os.fork()
+        if pid == 0:
+            self.become_child([self.null, out, err, there, says], directory or next(iter(self.scratch)))
+        for fd in (there, out, err, says):
+            os.close(fd)
+        for fd in (requests, stdout, stderr, reports):
+            os.set_blocking(fd, False)
+        return Child(pid, os.pidfd_open(pid), requests, stdout, stderr, reports, directory)
+
+    def become_child(self, pipes: list[int], directory: str) -> None:
+        """Never returns."""
+        try:
+            os.setsid()
+            high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 512) for fd in pipes]  # out of the way of their new numbers
+            for number, fd in enumerate(high):
+                os.dup2(fd, number)
+            confine.first_to_go()
+            if self.isolated:
+                confine.private_world(self.scratch)
+                confine.drop_capabilities()
+                if self.landlock:
+                    confine.restrict_files(self.landlock, self.scratch)
+            os.chdir(directory)
+            os.closerange(len(pipes), 65536)  # the zygote's own channel too
+            random.seed(0)  # same program, same output
+            gc.enable()
+            if self.isolated:
+                confine.restrict_syscalls(self.seccomp)
+        except BaseException:  # half a lock is none
+            traceback.print_exc()
+            os._exit(71)
+        program.live(3, 4, self.limit)
+
+    def limit(self, request: dict[str, Any]) -> None:
+        confine.limit_resources(
+            baseline_bytes=self.mapped_bytes,
+            memory_mb=request["memory_mb"],
+            cpu_s=86400 if request["session"] else math.ceil(request["timeout_s"]) + 1,
+            file_bytes=max(self.scratch.values()),
+            processes=MAX_THREADS + self.max_sessions,  # the kernel counts those of all sessions together
+        )
+
+    def end(self, child: Child) -> tuple[int, float]:
+        """Kill it and all it started; its wait status and the seconds of CPU it took."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
+        if self.isolated:  # it was pid 1 of its namespace: with it the kernel ends everything there
+            _, status, usage = os.wait4(child.pid, 0)
+        else:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
+            _, status, usage = os.wait4(child.pid, 0)
+            others = {other.pid for other in (*self.sessions.values(), *filter(None, [self.spare]))}
+            while strays := set(children(os.getpid())) - others:  # an orphan comes to us when its parent is gone
+                for pid in strays:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(ChildProcessError):
+                        os.waitpid(pid, 0)
+        if child.directory is not None:
+            os.chmod(child.directory, 0o700)
+            shutil.rmtree(child.directory, ignore_errors=True)
+        return status, usage.ru_utime + usage.ru_stime
+
+    def pause(self, child: Child) -> None:
+        """Nothing of a session runs between its calls: its other processes end, its threads stop."""
+        os.kill(child.pid, signal.SIGSTOP)
+        while strays := descendants(child.pid)[1:]:
+            for pid in strays:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if all(is_zombie(pid) for pid in strays):
+                return
+
+    # -- calls ---------------------------------------------------------------------------------------
+
+    def call(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the program did. A child that reported is killed here and reaped by `tidy`, which nobody waits for."""
+        start = time.monotonic()
+        name = request["session"]
+        child = self.sessions.pop(name, None) if name else None
+        is_new = child is None
+        if child is None:
+            child, self.spare = self.spare or self.fork(), None
+        else:
+            os.kill(child.pid, signal.SIGCONT)
+        out, err, report = Capture(request["max_bytes"]), Capture(request["max_bytes"]), Report()
+        streams: dict[int, Capture | Report] = {child.stdout: out, child.stderr: err, child.reports: report}
+        ended = self.watch(child, request, streams)
+        status, cpu_s, goes_on = 0, 0.0, ended == "reported" and bool(name)
+        if goes_on:
+            self.pause(child)
+            self.sessions[name] = child
+        elif ended == "reported" and self.isolated:
+            os.kill(child.pid, signal.SIGKILL)
+            self.ended = child
+        else:
+            status, cpu_s = self.end(child)
+        for fd, stream in streams.items():
+            while stream.take(fd):
+                pass
+        said = report.message() or {"code": 1, "value": "", "cut": 0, "files": {}}
+        state, code = verdict(ended, said["code"] if ended == "reported" else os.waitstatus_to_exitcode(status))
+        if state == "killed" and cpu_s > request["timeout_s"]:
+            state = "timeout"
+        elif state == "error" and last_line(err.text()).startswith("MemoryError"):
+            state = "memory"
+        if child not in (self.ended, *self.sessions.values()):
+            child.close()
+        return {
+            "state": state,
+            "code": code,
+            "stdout": out.text(),
+            "stderr": err.text(),
+            "value": said["value"],
+            "files": said["files"],
+            "dropped": max(out.dropped, err.dropped, said["cut"]),
+            "seconds": time.monotonic() - start,
+            "fresh": is_new,
+            "alive": goes_on,
+        }
+
+    def tidy(self) -> None:
+        """What can be done while nobody waits: reap the last child, fork the next one."""
+        if self.ended is not None:
+            self.end(self.ended)
+            self.ended.close()
+            self.ended = None
+        if self.spare is None:
+            self.spare = self.fork()
+
+    def watch(self, child: Child, request: dict[str, Any], streams: dict[int, Capture | Report]) -> str:
+        """Hand the program over and collect output until the child `exited` or, in a session, `reported`;
+        or until it has to be ended: `timeout`, `memory`, `processes` or `output`."""
+        body = memoryview(channel.packed(request))
+        deadline, sample = time.monotonic() + request["timeout_s"], time.monotonic() + SAMPLE_S
+        poller = select.poll()
+        for fd in (child.pidfd, *streams):
+            poller.register(fd, select.POLLIN)
+        poller.register(child.requests, select.POLLOUT)
+        while (left := deadline - time.monotonic()) > 0:
+            ready = [fd for fd, _ in poller.poll(min(left, SAMPLE_S) * 1000)]
+            for fd in ready:
+                if fd in streams:
+                    if not streams[fd].take(fd):
+                        poller.unregister(fd)
+                elif fd == child.requests:
+                    body = body[written(fd, body) :]
+                    if not body:
+                        poller.unregister(fd)
+            if any(isinstance(stream, Report) and stream.is_whole() for stream in streams.values()):
+                return "reported"
+            if child.pidfd in ready:
+                return "exited"
+            if sum(stream.total() for stream in streams.values()) > self.max_output_bytes:
+                return "output"
+            if time.monotonic() >= sample:
+                sample = time.monotonic() + SAMPLE_S
+                if why := self.overuse(child, request):
+                    return why
+        return "timeout"
+
+    def overuse(self, child: Child, request: dict[str, Any]) -> str | None:
+        """The limit that a call's processes break together; pages shared with the zygote count for none."""
+        pids = descendants(child.pid)
+        if len(pids) > self.max_processes or sum(map(threads, pids)) > MAX_THREADS:
+            return "processes"
+        memory = sum(max(0, usage(pid) - self.resident_bytes) for pid in pids)
+        return "memory" if memory > request["memory_mb"] << 20 else None
+
+
+def written(fd: int, content: memoryview) -> int:
+    try:
+        return os.write(fd, content)
+    except BlockingIOError:
+        return 0
+    except BrokenPipeError:  # it is gone, which its pidfd will tell
+        return len(content)
+
+
+def usage(pid: int) -> int:
+    """Resident bytes of a process; 0 if it is gone."""
+    try:
+        with open(f"/proc/{pid}/statm") as f:
+            return int(f.read().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError):
+        return 0
+
+
+def threads(pid: int) -> int:
+    try:
+        return len(os.listdir(f"/proc/{pid}/task"))
+    except OSError:
+        return 0
+
+
+def children(pid: int) -> list[int]:
+    """Direct ones, whichever thread forked them."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as f:
+                found += map(int, f.read().split())
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """`pid` itself first."""
+    found = [pid]
+    for known in found:  # it grows while it is walked
+        found += children(known)
+    return found
+
+
+def is_zombie(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def verdict(ended: str, code: int) -> tuple[str, int]:
+    """(`ok`, `error`, `timeout`, `memory`, `processes`, `output`, `signal` or `killed`, exit code or signal)."""
+    if ended not in ("exited", "reported"):
+        return ended, abs(code)
+    if code == -signal.SIGXCPU:
+        return "timeout", -code
+    if code == -signal.SIGKILL:  # pid 1 cannot send it to itself: the CPU limit, or someone outside
+        return "killed", -code
+    return ("signal", -code) if code < 0 else ("error" if code else "ok", code)
+
+
+def last_line(text: str) -> str:
+    return text.rstrip().rpartition("\n")[2]
+
+
+def warm(config: dict[str, Any]) -> Zygote:
+    """The zygote, with everything loaded that its children are to share. Raises ImportError."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # pid 1 without a handler cannot be interrupted from inside
+    sys.path.extend(config["paths"])
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)  # what was printed before the time limit is shown
+    site.setquit()  # `exit()` and `quit()`
+    for name in config["preload"]:
+        importlib.import_module(name)
+    if "numpy" in sys.modules:
+        importlib.import_module("numpy.random").seed(0)  # same program, same output
+    if "sympy" in sys.modules:
+        importlib.import_module("sympy").simplify("x + 1")  # fills the caches that every program needs
+    atexit._clear()
+    confine.prctl(confine.PR_SET_CHILD_SUBREAPER, 1)
+    confine.prctl(confine.PR_SET_DUMPABLE, 0)  # a child may not trace us, nor open our files through /proc
+    gc.collect()
+    gc.freeze()  # a child that collects would copy every page
+    gc.disable()
+    return Zygote(
+        isolated=config["isolated"],
+        scratch=config["scratch"],
+        seccomp=base64.b64decode(config["seccomp"]),
+        max_processes=config["max_processes"],
+        max_sessions=config["max_sessions"],
+        max_output_bytes=config["max_output_bytes"],
+        landlock=confine.landlock_abi(),
+    )
+
+
+def main() -> None:
+    config = json.loads(sys.argv[1])
+    requests, replies = os.dup(0), os.dup(1)
+    os.dup2(2, 1)  # what a preloaded module prints is no reply
+    assert threading.active_count() == 1
+    try:
+        zygote = warm(config)
+    except ImportError as error:
+        channel.send(replies, {"ready": False, "why": f"cannot import {error.name!r}: {error}"})
+        return
+    channel.send(replies, {"ready": True, "landlock": zygote.landlock})
+    while True:
+        zygote.tidy()
+        request = channel.receive(requests)
+        if request is None:
+            return
+        if (name := request.get("close")) is not None:
+            if (child := zygote.sessions.pop(name, None)) is not None:
+                zygote.end(child)
+                child.close()
+            channel.send(replies, {"closed": name})
+        else:
+            channel.send(replies, zygote.call(request))
