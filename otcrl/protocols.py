@@ -179,8 +179,15 @@ class Tool(Protocol):
         """One sentence for the prompt: what it does and what to write in it."""
         ...
 
-    async def run(self, arguments: str) -> ToolResult:
-        """The result of one call. Raises ToolUnavailable when the tool itself is down, after retries."""
+    async def run(self, arguments: str, session: str) -> ToolResult:
+        """The result of one call. `session` names the trajectory, for a tool that remembers its earlier calls.
+
+        Raises ToolUnavailable when the tool itself is down, after retries.
+        """
+        ...
+
+    async def release(self, session: str) -> None:
+        """The trajectory is over: free what was kept for it, if anything."""
         ...
 
     async def close(self) -> None:

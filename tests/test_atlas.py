@@ -83,7 +83,7 @@ def test_every_question_can_be_answered_with_its_optimum_of_real_tool_calls():
     tool = SearchTool(encoder=HashingEncoder(dimension=2048), passages=passages, topk=1, template="{text}")
 
     async def look_up(relation: str, entity: str) -> str:
-        found = (await tool.run(f"{relation} of {entity}")).text.split()
+        found = (await tool.run(f"{relation} of {entity}", "")).text.split()
         assert found[:4] == [relation, "of", entity, "is"]
         return found[4]
 
@@ -152,8 +152,10 @@ class SearchStub:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    async def run(self, arguments: str):
+    async def run(self, arguments: str, session: str):
         raise NotImplementedError
+
+    async def release(self, session: str) -> None: ...
 
     async def close(self) -> None: ...
 

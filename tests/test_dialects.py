@@ -16,8 +16,10 @@ class Echo:
     def __init__(self, name: str) -> None:
         self.name, self.description = name, "says it again"
 
-    async def run(self, arguments: str) -> ToolResult:
+    async def run(self, arguments: str, session: str) -> ToolResult:
         return ToolResult(arguments)
+
+    async def release(self, session: str) -> None: ...
 
     async def close(self) -> None: ...
 

@@ -7,7 +7,7 @@ import pytest
 
 from otcrl.errors import ConfigError, ToolUnavailable
 from otcrl.protocols import ToolResult
-from otcrl.tools.python import NOTHING_PRINTED, PythonTool, shorten, strip_fences
+from otcrl.tools.python import NOTHING_PRINTED, RESTARTED, PythonTool, shorten, strip_fences
 from otcrl.types import Outcome
 from tests.test_sandbox import has_bubblewrap
 
@@ -102,6 +102,42 @@ def test_after_close_the_tool_is_unavailable():
     asyncio.run(closed.close())
     with pytest.raises(ToolUnavailable, match="closed"):
         run(closed, "1")
+
+
+@needs_bubblewrap
+def test_a_trajectorys_variables_live_until_it_is_released():
+    notebook = PythonTool(workers=1, sessions=True)
+
+    async def main() -> list[str]:
+        shown = [(await notebook.run(code, session)).text for code, session in (("x = 1", "a"), ("x + 1", "a"))]
+        shown.append((await notebook.run("x", "b")).text)
+        await notebook.release("a")
+        shown.append((await notebook.run("x", "a")).text)
+        await notebook.close()
+        return shown
+
+    nothing, two, other, released = asyncio.run(main())
+    assert (nothing, two) == (NOTHING_PRINTED, "2")
+    assert "NameError" in other
+    assert "NameError" in released
+    assert RESTARTED not in released
+
+
+@needs_bubblewrap
+def test_a_session_that_died_says_so():
+    notebook = PythonTool(workers=1, sessions=True)
+
+    async def main() -> list[str]:
+        shown = [(await notebook.run(code, "a")).text for code in ("x = 1", "import os\nos._exit(3)", "print(1)")]
+        await notebook.close()
+        return shown
+
+    assert asyncio.run(main())[1:] == ["The program ended with exit code 3.", RESTARTED + "1"]
+
+
+def test_sessions_are_not_cached():
+    with pytest.raises(ConfigError, match="cache_size is 9, but in sessions the same program may do something else"):
+        PythonTool(sessions=True, cache_size=9)
 
 
 def test_without_isolation_it_is_not_built():

@@ -70,13 +70,19 @@ class Search:
 
     def __init__(self, result: str = "b", outcome: Outcome = Outcome.OK, error: str = "", seconds: float = 0) -> None:
         self.result, self.outcome, self.error, self.seconds, self.asked = result, outcome, error, seconds, []
+        self.sessions: list[str] = []
+        self.released: list[str] = []
 
-    async def run(self, arguments: str) -> ToolResult:
+    async def run(self, arguments: str, session: str) -> ToolResult:
         self.asked.append(arguments)
+        self.sessions.append(session)
         await asyncio.sleep(self.seconds)
         if self.error:
             raise ToolUnavailable(self.error)
         return ToolResult(self.result, self.outcome)
+
+    async def release(self, session: str) -> None:
+        self.released.append(session)
 
     async def close(self) -> None: ...
 
@@ -198,11 +204,17 @@ def test_a_forced_opening_is_injected_and_read_with_what_follows():
     assert actions(t) == ["b", "</answer>"]
 
 
+def test_engine_and_tools_are_told_which_trajectory_they_serve_and_when_it_is_over():
+    engine, tool = Script(CALL, ANSWER), Search()
+    play(engine, tool)
+    assert (tool.sessions, tool.released, engine.released) == (["s"], ["s"], ["s"])
+
+
 def test_the_session_is_released_even_when_the_engine_fails():
-    engine = Script()
+    engine, tool = Script(), Search()
     with pytest.raises(IndexError):
-        play(engine)
-    assert engine.released == ["s"]
+        play(engine, tool)
+    assert (tool.released, engine.released) == (["s"], ["s"])
 
 
 def test_a_problem_without_a_question_is_refused_by_name():

@@ -37,8 +37,10 @@ class NamedTool:
     name: str
     description: str = "for tests"
 
-    async def run(self, arguments: str) -> ToolResult:
+    async def run(self, arguments: str, session: str) -> ToolResult:
         raise AssertionError("a demonstration runs no tool")
+
+    async def release(self, session: str) -> None: ...
 
     async def close(self) -> None: ...
 

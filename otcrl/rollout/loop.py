@@ -109,6 +109,8 @@ class Player:
                 opening = ""
         finally:
             self.engine.release(session)
+            for tool in self.tools.values():
+                await tool.release(session)
         return Trajectory(
             problem=problem,
             token_ids=draft.token_ids,
@@ -149,9 +151,9 @@ class Player:
         draft.sample(completion, text)
         if not completion.finished:
             return Stop.MAX_TOKENS
-        return await self._act(draft, text)
+        return await self._act(draft, text, session)
 
-    async def _act(self, draft: Draft, text: str) -> Stop | None:
+    async def _act(self, draft: Draft, text: str, session: str) -> Stop | None:
         match self.dialect.parse(text, self.tools):
             case Answer(answer):
                 draft.answer = answer
@@ -161,7 +163,7 @@ class Player:
                 if done == self.limits.max_calls:
                     draft.calls.append(ToolCall(tool, arguments, "", Outcome.OVER_BUDGET))
                     return Stop.MAX_CALLS
-                call = await run_call(self.tools[tool], arguments, self.limits.tool_timeout_s)
+                call = await run_call(self.tools[tool], arguments, session, self.limits.tool_timeout_s)
             case Malformed(why):
                 call = ToolCall("", text, f"Error: {why}", Outcome.INVALID)
             case _:
@@ -179,12 +181,12 @@ class Player:
         return self.tokenizer.encode(self.dialect.observation(result))
 
 
-async def run_call(tool: Tool, arguments: str, timeout_s: float) -> ToolCall:
+async def run_call(tool: Tool, arguments: str, session: str, timeout_s: float) -> ToolCall:
     """The call and what became of it. A tool that is down, or does not answer in time, is an infrastructure error."""
     begun = time.monotonic()
     try:
         async with asyncio.timeout(timeout_s):
-            result = await tool.run(arguments)
+            result = await tool.run(arguments, session)
     except ToolUnavailable as error:
         result = ToolResult(str(error), Outcome.INFRA_ERROR)
     except TimeoutError:

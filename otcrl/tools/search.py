@@ -74,7 +74,7 @@ class SearchTool:
         """The index opened or built; without it the first query does that. Raises DataError."""
         await asyncio.wrap_future(self._batches.prepare())
 
-    async def run(self, arguments: str) -> ToolResult:
+    async def run(self, arguments: str, session: str = "") -> ToolResult:
         query = " ".join(arguments.split())
         if not query:
             return ToolResult("The query is empty. Write what to search for.", Outcome.MODEL_ERROR)
@@ -92,6 +92,9 @@ class SearchTool:
             raise ToolUnavailable(f"{self.name}: no answer within timeout_s={self.timeout_s:g}") from error
         except (RuntimeError, OSError, MemoryError) as error:
             raise ToolUnavailable(f"{self.name}: the retriever failed: {error}") from error
+
+    async def release(self, session: str) -> None:
+        """Nothing: a search remembers no trajectory."""
 
     async def close(self) -> None:
         await asyncio.to_thread(self._batches.close)
