@@ -403,6 +403,7 @@ def warm(config: dict[str, Any]) -> Zygote:
     gc.collect()
     gc.freeze()  # a child that collects would copy every page
     gc.disable()
+    confine.use_huge_pages()
     return Zygote(
         isolated=config["isolated"],
         scratch=config["scratch"],
