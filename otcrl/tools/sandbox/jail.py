@@ -27,6 +27,7 @@ ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "PYTHONHASHSEED": "0",  # same program, same order of its sets
     "PYTHONDONTWRITEBYTECODE": "1",
+    "MALLOC_ARENA_MAX": "1",  # each thread's own would take 64 MiB of its address space, which is limited
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -95,7 +96,7 @@ def bwrap_command(bwrap: str, packages: Sequence[Path]) -> list[str]:
     command += ["--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_SETPCAP"]
     command += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--clearenv", "--proc", "/proc"]
     for device in ("null", "zero", "full", "random", "urandom"):
-        command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+        command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]  # read-only later: confine.protect_devices
     for scratch in ("/dev/shm", "/tmp"):  # covered by each child's own
         command += ["--size", "4096", "--tmpfs", scratch]
     for system in ("/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache"):

@@ -34,7 +34,7 @@ START_S = 60.0  # importing sympy on a loaded machine takes seconds
 GRACE_S = 5.0  # past the time limit, for killing and collecting
 ATTEMPTS = 3
 SCRATCH_BYTES = 64 << 20  # of /tmp, and of /dev/shm
-MAX_PROCESSES = 32  # of one call
+MAX_THREADS = 128  # of one call
 MAX_OUTPUT_BYTES = 64 << 20  # of one call: what prints more is stopped
 MAX_SESSIONS = 64  # of one interpreter; the one that was idle the longest ends
 SELF_TEST = """
@@ -64,7 +64,7 @@ class State(StrEnum):
     ERROR = "error"  # an exception, a syntax error or a non-zero exit
     TIMEOUT = "timeout"
     MEMORY = "memory"
-    PROCESSES = "processes"
+    THREADS = "threads"
     OUTPUT = "output"
     SIGNAL = "signal"  # it crashed its interpreter
     KILLED = "killed"  # twice over, something outside ended it or its sandbox: the machine is out of memory
@@ -123,7 +123,7 @@ class Zygote:
         self._launch = launch
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self.sessions: dict[str, float] = {}  # name -> when it was last used, that one last
+        self.sessions: dict[str, float] = {}  # that are here, or will be; name -> when it was last used, that one last
 
     def ensure(self) -> None:
         """Alive and tried out, started anew where it is not.
@@ -143,12 +143,14 @@ class Zygote:
         raise ToolUnavailable(f"the Python sandbox does not start: {why}. {HOW_TO_FIX}")
 
     def _start(self) -> None:
-        self.kill()
+        self._stop()
         launch, pipe = self._launch(), subprocess.PIPE
         self._scratch = launch.scratch
         self._process = subprocess.Popen(
             launch.command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, env=launch.environment
         )
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)  # one that takes nothing must not hold us up
         hello = self._receive(START_S)
         if not hello["ready"]:
             self.kill()
@@ -160,32 +162,39 @@ class Zygote:
 
     def call(self, program: Program) -> Execution:
         """Raises ZygoteDied when no answer comes, TimeoutError when it comes too late."""
-        if program.session:
-            self._make_room(program.session)
+        self.use(program.session)
+        while len(self.sessions) > MAX_SESSIONS:
+            self.end(next(iter(self.sessions)))
         self._send(asdict(program))
         reply = self._receive(program.timeout_s + GRACE_S)
         state, alive = State(reply.pop("state")), reply.pop("alive")
-        if alive:
-            self.sessions[program.session] = time.monotonic()
+        if not alive:
+            self.sessions.pop(program.session, None)
         return Execution(state, **reply)
+
+    def use(self, session: str) -> None:
+        """It is here from now on, and the last one used."""
+        if session:
+            self.sessions.pop(session, None)
+            self.sessions[session] = time.monotonic()
 
     def end(self, session: str) -> None:
         self.sessions.pop(session, None)
         self._send({"close": session})
         self._receive(GRACE_S)
 
-    def _make_room(self, session: str) -> None:
-        """The named one becomes the last used; the one that was idle the longest ends if there are too many."""
-        last_used = self.sessions.pop(session, None)
-        if last_used is None and len(self.sessions) >= MAX_SESSIONS:
-            self.end(next(iter(self.sessions)))
-
     def _send(self, message: dict[str, Any]) -> None:
+        if self._process is None or self._process.stdin is None:
+            raise ZygoteDied("it is not running")
+        fd, left = self._process.stdin.fileno(), memoryview(channel.packed(message))
+        poller = select.poll()
+        poller.register(fd, select.POLLOUT)
         try:
-            assert self._process is not None
-            assert self._process.stdin is not None
-            channel.write_all(self._process.stdin.fileno(), channel.packed(message))
-        except (BrokenPipeError, ValueError) as error:
+            while left:
+                if not poller.poll(GRACE_S * 1000):
+                    raise TimeoutError("the sandbox takes no program")
+                left = left[os.write(fd, left) :]
+        except BrokenPipeError as error:
             raise ZygoteDied(str(error)) from error
 
     def _receive(self, timeout_s: float) -> dict[str, Any]:
@@ -224,6 +233,9 @@ class Zygote:
     def kill(self) -> None:
         """End it and all that runs in it; nothing is left to reap."""
         self.sessions.clear()
+        self._stop()
+
+    def _stop(self) -> None:
         if self._process is None:
             return
         self._process.kill()
@@ -303,14 +315,20 @@ class Pool:
             raise ToolUnavailable("the Python sandbox is closed")
 
     @contextlib.contextmanager
-    def _held(self, wanted: Callable[[Zygote], bool]) -> Iterator[Zygote]:
-        """An interpreter for this thread alone, one that is `wanted`."""
+    def _held(self, wanted: Zygote | None = None, session: str = "") -> Iterator[Zygote]:
+        """An interpreter for this thread alone: `wanted`, else the one that holds the session, else any."""
+
+        def fits(zygote: Zygote) -> bool:
+            holders = [wanted] if wanted else [other for other in self._zygotes if session in other.sessions]
+            return not holders or zygote in holders
+
         with self._changed:
-            while not (found := [zygote for zygote in self._idle if wanted(zygote)]):
+            while not (found := [zygote for zygote in self._idle if fits(zygote)]):
                 self._check_open()
                 self._changed.wait()
             self._check_open()
             self._idle.remove(found[-1])
+            found[-1].use(session)  # so that a second call of a new session finds it
         try:
             yield found[-1]
         finally:
@@ -318,22 +336,16 @@ class Pool:
                 self._idle.append(found[-1])
                 self._changed.notify_all()
 
-    def _holder(self, session: str) -> Callable[[Zygote], bool]:
-        """The interpreter that holds the session, or any where none does."""
-        holders = [zygote for zygote in self._zygotes if session in zygote.sessions]
-        return lambda zygote: not holders or zygote in holders
-
     def _warm(self, wanted: Zygote) -> None:
-        with self._held(lambda zygote: zygote is wanted) as zygote:
+        with self._held(wanted) as zygote:
             zygote.ensure()
 
     def _end(self, session: str) -> None:
-        with self._held(self._holder(session)) as zygote, contextlib.suppress(ZygoteDied, TimeoutError):
-            if session in zygote.sessions:
-                zygote.end(session)
+        with self._held(session=session) as zygote, contextlib.suppress(ZygoteDied, TimeoutError):
+            zygote.end(session)
 
     def _run(self, program: Program) -> Execution:
-        with self._held(self._holder(program.session)) as zygote:
+        with self._held(session=program.session) as zygote:
             for _ in range(2):
                 self._check_open()
                 zygote.ensure()
@@ -363,7 +375,7 @@ class Pool:
             "isolated": isolated,
             "preload": self._preload,
             "seccomp": self._seccomp,
-            "max_processes": MAX_PROCESSES,
+            "max_threads": MAX_THREADS,
             "max_sessions": MAX_SESSIONS,
             "max_output_bytes": MAX_OUTPUT_BYTES,
         }

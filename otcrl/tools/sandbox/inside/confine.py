@@ -15,7 +15,7 @@ import struct
 from collections.abc import Mapping
 
 NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_PIDS, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x20000000, 0x40000000
-READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT = 1, 2, 4, 8, 32
+READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT, BIND = 1, 2, 4, 8, 32, 4096
 PR_SET_DUMPABLE, PR_GET_SECCOMP, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 4, 21, 22, 24, 36
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 SECCOMP_MODE_FILTER = 2
@@ -25,7 +25,7 @@ LANDLOCK_VERSION, LANDLOCK_PATH_BENEATH = 1, 1
 FS_EXECUTE, FS_WRITE_FILE, FS_READ_FILE, FS_READ_DIR = 1, 2, 4, 8
 FS_ALL = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}  # first ABI -> rights it knows
 HUGE_PAGE, MADV_COLLAPSE = 2 << 20, 25
-MAX_OPEN_FILES = 128
+MAX_OPEN_FILES = 64
 LAST_WORDS_BYTES = 64 << 20  # a program out of memory still needs some to say so
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -61,6 +61,15 @@ def private_world(scratch: Mapping[str, int]) -> None:
     for directory, size in scratch.items():
         mount(directory, NO_SUID | NO_DEV | NO_EXEC, f"size={size},nr_inodes=16384,mode=0700")
     mount("/proc", NO_SUID | NO_DEV | NO_EXEC | READ_ONLY, "size=0,mode=0555")
+
+
+def protect_devices() -> None:
+    """Their inodes are the host's: without this their mode could be changed by whoever owns them there."""
+    for name in os.listdir("/dev"):
+        path = f"/dev/{name}"
+        if os.path.ismount(path) and not os.path.isdir(path):
+            flags = os.statvfs(path).f_flag & (NO_SUID | NO_EXEC) | REMOUNT | BIND | READ_ONLY
+            checked(libc.mount(None, path.encode(), None, flags, None), f"a read-only {path}")
 
 
 def mount(directory: str, flags: int, options: str) -> None:
@@ -112,16 +121,16 @@ def restrict_syscalls(program: bytes) -> None:
     checked(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(bpf)), "seccomp")
 
 
-def limit_resources(*, baseline_bytes: int, memory_mb: int, cpu_s: int, file_bytes: int, processes: int) -> None:
+def limit_resources(*, baseline_bytes: int, memory_mb: int, cpu_s: int, file_bytes: int, threads: int) -> None:
     """Lower this process's limits; memory counts on top of what the warmed interpreter already maps."""
     memory = baseline_bytes + (memory_mb << 20)
     limits: dict[int, tuple[int, int]] = {
         resource.RLIMIT_AS: (memory, memory + LAST_WORDS_BYTES),
         resource.RLIMIT_CPU: (cpu_s, cpu_s + 1),
         resource.RLIMIT_FSIZE: (file_bytes, file_bytes),
-        resource.RLIMIT_NPROC: (processes, processes),  # the kernel exempts root, hence the zygote counts as well
+        resource.RLIMIT_NPROC: (threads, threads),  # the kernel exempts root, hence the zygote counts as well
         resource.RLIMIT_NOFILE: (MAX_OPEN_FILES, MAX_OPEN_FILES),
-        resource.RLIMIT_CORE: (0, 0),
+        resource.RLIMIT_CORE: (1, 1),  # 0 would not stop a core_pattern that is a pipe: core(5)
         resource.RLIMIT_MSGQUEUE: (0, 0),
         resource.RLIMIT_MEMLOCK: (0, 0),
     }

@@ -49,9 +49,9 @@ def live(requests: int, reports: int, limit: Callable[[dict[str, Any]], None]) -
 def run(request: dict[str, Any], namespace: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """(exit code, report) of one program or cell."""
     allow_last_words(False)
-    place(request)
     value = ""
     try:
+        place(request)
         value = execute(request["code"], namespace)
         if not request["session"]:  # as the interpreter does at its end
             threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
@@ -66,9 +66,9 @@ def run(request: dict[str, Any], namespace: dict[str, Any]) -> tuple[int, dict[s
         allow_last_words(True)
         channel.write_all(2, users_traceback(error).encode(errors="replace"))
     allow_last_words(True)
-    for stream in {sys.stdout, sys.__stdout__, sys.stderr}:
+    for name in ("stdout", "__stdout__", "stderr"):
         with contextlib.suppress(Exception):  # the program may have put anything there
-            stream.flush()
+            getattr(sys, name).flush()
     most = request["max_bytes"]
     cut = max(0, len(value) - 2 * most)
     shown = value[:most] + value[-most:] if cut else value

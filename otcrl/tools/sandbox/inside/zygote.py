@@ -33,9 +33,9 @@ from typing import Any
 
 from otcrl.tools.sandbox.inside import channel, confine, program
 
-SAMPLE_S = 0.02  # how often a running call's processes and memory are counted
-MAX_THREADS = 128  # of one call, over all its processes
-MOST_REPORT = 2 * program.MOST_FETCHED  # bytes that a child may say about itself
+SAMPLE_S = 0.02  # how often a running call's threads and memory are counted
+PAUSE_S = 1.0  # for a session to come to rest
+GONE, STOPPED = {"Z", "X"}, {"T", "t"}
 
 
 class Capture:
@@ -68,15 +68,15 @@ class Capture:
 class Report:
     """What a child says about itself, as far as it can be understood."""
 
-    def __init__(self) -> None:
-        self.content = b""
+    def __init__(self, limit: int) -> None:
+        self.limit, self.content = limit, b""
 
     def take(self, fd: int) -> bool:
         try:
             part = os.read(fd, 1 << 16)
         except BlockingIOError:
             return False
-        if len(self.content) < MOST_REPORT:
+        if len(self.content) < self.limit:
             self.content += part
         return bool(part)
 
@@ -87,20 +87,21 @@ class Report:
         size = channel.HEADER.size
         return len(self.content) >= size and len(self.content) - size >= channel.HEADER.unpack(self.content[:size])[0]
 
-    def message(self) -> dict[str, Any] | None:
-        """None for what is no report, or not all of one."""
+    def message(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        """As much of it as was asked for; None for what is no report, or not all of one."""
         if not self.is_whole():
             return None
         (length,) = channel.HEADER.unpack(self.content[: channel.HEADER.size])
         try:
             said = json.loads(self.content[channel.HEADER.size :][:length])
+            files = dict(said["files"])
             return {
-                "code": int(said["code"]),
-                "value": str(said["value"]),
-                "cut": int(said["cut"]),
-                "files": {str(name): str(content) for name, content in said["files"].items()},
+                "code": int(said["code"]) & 0xFF,
+                "value": encodable(said["value"][: 2 * request["max_bytes"]]),
+                "cut": max(0, int(said["cut"])),
+                "files": {name: encodable(files[name]) for name in request["fetch"] if name in files},
             }
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             return None
 
 
@@ -115,6 +116,12 @@ class Child:
     stderr: int
     reports: int
     directory: str | None
+    resident_bytes: int = 0  # before its first program
+
+    def is_dead(self) -> bool:
+        poller = select.poll()
+        poller.register(self.pidfd, select.POLLIN)
+        return bool(poller.poll(0))
 
     def close(self) -> None:
         for fd in (self.pidfd, self.requests, self.stdout, self.stderr, self.reports):
@@ -126,7 +133,7 @@ class Zygote:
     isolated: bool
     scratch: dict[str, int]  # directory -> bytes
     seccomp: bytes
-    max_processes: int
+    max_threads: int
     max_sessions: int
     max_output_bytes: int
     landlock: int  # ABI; 0: the kernel has none
@@ -134,18 +141,19 @@ class Zygote:
     ended: Child | None = None  # killed and not yet reaped
     sessions: dict[str, Child] = field(default_factory=dict)
 
+    mapped_bytes: int = 0  # of the address space, when the last child was forked
+
     def __post_init__(self) -> None:
         self.null = os.open(os.devnull, os.O_RDWR)
         self.own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-        with open("/proc/self/statm") as f:
-            mapped, resident = (int(pages) * resource.getpagesize() for pages in f.read().split()[:2])
-        self.mapped_bytes, self.resident_bytes = mapped, resident
 
     # -- children ------------------------------------------------------------------------------------
 
     def fork(self) -> Child:
         """A child that is locked up and waits for its program."""
         (there, requests), (stdout, out), (stderr, err), (reports, says) = (os.pipe() for _ in range(4))
+        with open("/proc/self/statm") as f:
+            self.mapped_bytes = int(f.read().split()[0]) * resource.getpagesize()
         directory = None if self.isolated else tempfile.mkdtemp(dir=next(iter(self.scratch)))
         pid = confine.fork_alone(self.own_pids) if self.isolated else os.fork()
         if pid == 0:
@@ -186,13 +194,13 @@ class Zygote:
             memory_mb=request["memory_mb"],
             cpu_s=86400 if request["session"] else math.ceil(request["timeout_s"]) + 1,
             file_bytes=max(self.scratch.values()),
-            processes=MAX_THREADS + self.max_sessions,  # the kernel counts those of all sessions together
+            threads=self.max_threads + 2 + self.max_sessions,  # the kernel counts all children together
         )
 
-    def end(self, child: Child) -> tuple[int, float]:
-        """Kill it and all it started; its wait status and the seconds of CPU it took."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child.pid, signal.SIGKILL)
+    def end(self, child: Child) -> tuple[int, bool]:
+        """Kill it; its wait status, and whether it had used its CPU time up."""
+        os.kill(child.pid, signal.SIGKILL)
+        _, cpu_s = resource.prlimit(child.pid, resource.RLIMIT_CPU)  # it may have lowered it
         if self.isolated:  # it was pid 1 of its namespace: with it the kernel ends everything there
             _, status, usage = os.wait4(child.pid, 0)
         else:
@@ -209,17 +217,17 @@ class Zygote:
         if child.directory is not None:
             os.chmod(child.directory, 0o700)
             shutil.rmtree(child.directory, ignore_errors=True)
-        return status, usage.ru_utime + usage.ru_stime
+        return status, cpu_s != resource.RLIM_INFINITY and usage.ru_utime + usage.ru_stime > cpu_s - 0.1
 
-    def pause(self, child: Child) -> None:
-        """Nothing of a session runs between its calls: its other processes end, its threads stop."""
+    def pause(self, child: Child) -> bool:
+        """Stop its threads, as nothing of a session runs between its calls. False if it did not come to rest."""
         os.kill(child.pid, signal.SIGSTOP)
-        while strays := descendants(child.pid)[1:]:
-            for pid in strays:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            if all(is_zombie(pid) for pid in strays):
-                return
+        deadline = time.monotonic() + PAUSE_S
+        while set(states(child.pid)) - GONE - STOPPED:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.0005)
+        return True
 
     # -- calls ---------------------------------------------------------------------------------------
 
@@ -227,30 +235,26 @@ class Zygote:
         """What the program did. A child that reported is killed here and reaped by `tidy`, which nobody waits for."""
         start = time.monotonic()
         name = request["session"]
-        child = self.sessions.pop(name, None) if name else None
-        is_new = child is None
-        if child is None:
-            child, self.spare = self.spare or self.fork(), None
-        else:
-            os.kill(child.pid, signal.SIGCONT)
-        out, err, report = Capture(request["max_bytes"]), Capture(request["max_bytes"]), Report()
+        child, is_new = self.child_for(name)
+        out, err = Capture(request["max_bytes"]), Capture(request["max_bytes"])
+        report = Report(12 * request["max_bytes"] + 4096 + (2 * program.MOST_FETCHED if request["fetch"] else 0))
         streams: dict[int, Capture | Report] = {child.stdout: out, child.stderr: err, child.reports: report}
         ended = self.watch(child, request, streams)
-        status, cpu_s, goes_on = 0, 0.0, ended == "reported" and bool(name)
+        status, had_no_time = 0, False
+        goes_on = ended == "reported" and bool(name) and self.pause(child)
         if goes_on:
-            self.pause(child)
             self.sessions[name] = child
         elif ended == "reported" and self.isolated:
             os.kill(child.pid, signal.SIGKILL)
             self.ended = child
         else:
-            status, cpu_s = self.end(child)
+            status, had_no_time = self.end(child)
         for fd, stream in streams.items():
             while stream.take(fd):
                 pass
-        said = report.message() or {"code": 1, "value": "", "cut": 0, "files": {}}
+        said = report.message(request) or {"code": 1, "value": "", "cut": 0, "files": {}}
         state, code = verdict(ended, said["code"] if ended == "reported" else os.waitstatus_to_exitcode(status))
-        if state == "killed" and cpu_s > request["timeout_s"]:
+        if state == "killed" and had_no_time:
             state = "timeout"
         elif state == "error" and last_line(err.text()).startswith("MemoryError"):
             state = "memory"
@@ -269,18 +273,36 @@ class Zygote:
             "alive": goes_on,
         }
 
+    def child_for(self, session: str) -> tuple[Child, bool]:
+        """The session's, or one that has run nothing yet; and whether it is new."""
+        child = self.sessions.pop(session, None)
+        if child is not None and not child.is_dead():
+            os.kill(child.pid, signal.SIGCONT)
+            return child, False
+        if child is not None:
+            self.discard(child)
+        if self.spare is not None and self.spare.is_dead():
+            self.discard(self.spare)
+            self.spare = None
+        child, self.spare = self.spare or self.fork(), None
+        child.resident_bytes = resident(child.pid)
+        return child, True
+
+    def discard(self, child: Child) -> None:
+        self.end(child)
+        child.close()
+
     def tidy(self) -> None:
         """What can be done while nobody waits: reap the last child, fork the next one."""
         if self.ended is not None:
-            self.end(self.ended)
-            self.ended.close()
+            self.discard(self.ended)
             self.ended = None
         if self.spare is None:
             self.spare = self.fork()
 
     def watch(self, child: Child, request: dict[str, Any], streams: dict[int, Capture | Report]) -> str:
         """Hand the program over and collect output until the child `exited` or, in a session, `reported`;
-        or until it has to be ended: `timeout`, `memory`, `processes` or `output`."""
+        or until it has to be ended: `timeout`, `memory`, `threads` or `output`."""
         body = memoryview(channel.packed(request))
         deadline, sample = time.monotonic() + request["timeout_s"], time.monotonic() + SAMPLE_S
         poller = select.poll()
@@ -303,19 +325,18 @@ class Zygote:
                 return "exited"
             if sum(stream.total() for stream in streams.values()) > self.max_output_bytes:
                 return "output"
-            if time.monotonic() >= sample:
-                sample = time.monotonic() + SAMPLE_S
+            if (now := time.monotonic()) >= sample:
                 if why := self.overuse(child, request):
                     return why
+                sample = now + SAMPLE_S
         return "timeout"
 
     def overuse(self, child: Child, request: dict[str, Any]) -> str | None:
-        """The limit that a call's processes break together; pages shared with the zygote count for none."""
-        pids = descendants(child.pid)
-        if len(pids) > self.max_processes or sum(map(threads, pids)) > MAX_THREADS:
-            return "processes"
-        memory = sum(max(0, usage(pid) - self.resident_bytes) for pid in pids)
-        return "memory" if memory > request["memory_mb"] << 20 else None
+        """A limit that the kernel does not watch for root, or not in every form that memory has."""
+        if len(states(child.pid)) > self.max_threads:
+            return "threads"
+        used = resident(child.pid) - child.resident_bytes
+        return "memory" if used > (request["memory_mb"] << 20) + confine.LAST_WORDS_BYTES else None
 
 
 def written(fd: int, content: memoryview) -> int:
@@ -327,8 +348,8 @@ def written(fd: int, content: memoryview) -> int:
         return len(content)
 
 
-def usage(pid: int) -> int:
-    """Resident bytes of a process; 0 if it is gone."""
+def resident(pid: int) -> int:
+    """Bytes; 0 if it is gone."""
     try:
         with open(f"/proc/{pid}/statm") as f:
             return int(f.read().split()[1]) * resource.getpagesize()
@@ -336,11 +357,9 @@ def usage(pid: int) -> int:
         return 0
 
 
-def threads(pid: int) -> int:
-    try:
-        return len(os.listdir(f"/proc/{pid}/task"))
-    except OSError:
-        return 0
+def encodable(text: str) -> str:
+    """`text` with a question mark for what UTF-8 has no bytes for, half a surrogate pair."""
+    return text.encode(errors="replace").decode()
 
 
 def children(pid: int) -> list[int]:
@@ -353,24 +372,18 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def descendants(pid: int) -> list[int]:
-    """`pid` itself first."""
-    found = [pid]
-    for known in found:  # it grows while it is walked
-        found += children(known)
+def states(pid: int) -> list[str]:
+    """Of each thread; none if it is gone. See proc_pid_stat(5)."""
+    found: list[str] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/stat") as f:
+                found.append(f.read().rpartition(")")[2].split()[0])
     return found
 
 
-def is_zombie(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as f:
-            return f.read().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
-
-
 def verdict(ended: str, code: int) -> tuple[str, int]:
-    """(`ok`, `error`, `timeout`, `memory`, `processes`, `output`, `signal` or `killed`, exit code or signal)."""
+    """(`ok`, `error`, `timeout`, `memory`, `threads`, `output`, `signal` or `killed`, exit code or signal)."""
     if ended not in ("exited", "reported"):
         return ended, abs(code)
     if code == -signal.SIGXCPU:
@@ -404,11 +417,13 @@ def warm(config: dict[str, Any]) -> Zygote:
     gc.freeze()  # a child that collects would copy every page
     gc.disable()
     confine.use_huge_pages()
+    if config["isolated"]:
+        confine.protect_devices()
     return Zygote(
         isolated=config["isolated"],
         scratch=config["scratch"],
         seccomp=base64.b64decode(config["seccomp"]),
-        max_processes=config["max_processes"],
+        max_threads=config["max_threads"],
         max_sessions=config["max_sessions"],
         max_output_bytes=config["max_output_bytes"],
         landlock=confine.landlock_abi(),
@@ -433,8 +448,7 @@ def main() -> None:
             return
         if (name := request.get("close")) is not None:
             if (child := zygote.sessions.pop(name, None)) is not None:
-                zygote.end(child)
-                child.close()
+                zygote.discard(child)
             channel.send(replies, {"closed": name})
         else:
             channel.send(replies, zygote.call(request))
