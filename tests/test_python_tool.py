@@ -10,6 +10,7 @@ from otcrl.protocols import ToolResult
 from otcrl.tools.python import NOTHING_PRINTED, RESTARTED, PythonTool, shorten, strip_fences
 from otcrl.types import Outcome
 from tests.test_sandbox import has_bubblewrap
+from tests.test_sandbox_server import serving
 
 needs_bubblewrap = pytest.mark.skipif(not has_bubblewrap(), reason="bubblewrap cannot make namespaces here")
 
@@ -133,6 +134,25 @@ def test_a_session_that_died_says_so():
         return shown
 
     assert asyncio.run(main())[1:] == ["The program ended with exit code 3.", RESTARTED + "1"]
+
+
+@needs_bubblewrap
+def test_programs_may_run_on_servers_in_the_same_words():
+    with serving() as url:
+        remote = PythonTool(urls=[url], sessions=True)
+
+        async def main() -> list[ToolResult]:
+            results = [
+                await remote.run(code, "a") for code in ("x = 6", "x * 7", "1 / 0", "import os; os._exit(3)", "x")
+            ]
+            await remote.close()
+            return results
+
+        nothing, product, error, died, after = asyncio.run(main())
+    assert (nothing.text, product.text) == (NOTHING_PRINTED, "42")
+    assert error.text.endswith("ZeroDivisionError: division by zero")
+    assert died.text == "The program ended with exit code 3."
+    assert after.text.startswith(RESTARTED)
 
 
 def test_sessions_are_not_cached():

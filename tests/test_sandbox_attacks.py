@@ -877,7 +877,15 @@ def mounts(pid: int) -> int:
 
 def held_by(pids: list[int]) -> list[tuple[int, int, int]]:
     """(open files, mounts, children) of each process."""
-    return [(len(os.listdir(f"/proc/{pid}/fd")), mounts(pid), len(children(pid))) for pid in pids]
+    return [(open_files(pid), mounts(pid), len(children(pid))) for pid in pids]
+
+
+def open_files(pid: int) -> int:
+    """-1 for the zygote where only root may look."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except PermissionError:
+        return -1
 
 
 def settled(pids: list[int], expected: list[tuple[int, int, int]] | None = None) -> list[tuple[int, int, int]]:
