@@ -275,7 +275,7 @@ class Pool:
         self._packages: list[Path] | None = None
         self._packages_lock = threading.Lock()
         self._zygotes = [Zygote(self._launch) for _ in range(workers)]
-        self._idle = list(self._zygotes)  # the one used last is last, and the warmest
+        self._idle = list(self._zygotes)  # the one used last is last: it may still be tidying up
         self._changed = threading.Condition()
         # more threads than interpreters: a call may have to wait for the very one that holds its session
         self._threads = ThreadPoolExecutor(4 * workers, thread_name_prefix="sandbox")
@@ -327,13 +327,13 @@ class Pool:
                 self._check_open()
                 self._changed.wait()
             self._check_open()
-            self._idle.remove(found[-1])
-            found[-1].use(session)  # so that a second call of a new session finds it
+            self._idle.remove(found[0])
+            found[0].use(session)  # so that a second call of a new session finds it
         try:
-            yield found[-1]
+            yield found[0]
         finally:
             with self._changed:
-                self._idle.append(found[-1])
+                self._idle.append(found[0])
                 self._changed.notify_all()
 
     def _warm(self, wanted: Zygote) -> None:

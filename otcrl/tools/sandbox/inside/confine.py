@@ -76,15 +76,19 @@ def mount(directory: str, flags: int, options: str) -> None:
     checked(libc.mount(b"tmpfs", directory.encode(), b"tmpfs", flags, options.encode()), f"a tmpfs on {directory}")
 
 
-def drop_capabilities() -> None:
-    """None is left, and none can come back."""
+def forgo_capabilities() -> None:
+    """For the zygote, and with it for its children: what it gives up can never come back."""
     for capability in range(64):
         if prctl(PR_CAPBSET_DROP, capability) < 0:
             break  # past the last one that the kernel has
+    checked(prctl(PR_SET_NO_NEW_PRIVS, 1), "no_new_privs")
     checked(prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL), "dropping ambient capabilities")
+
+
+def drop_capabilities() -> None:
+    """None is left."""
     header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
     checked(libc.capset(header, bytes(24)), "dropping capabilities")
-    checked(prctl(PR_SET_NO_NEW_PRIVS, 1), "no_new_privs")
 
 
 def landlock_abi() -> int:
@@ -142,8 +146,7 @@ def limit_resources(*, baseline_bytes: int, memory_mb: int, cpu_s: int, file_byt
 
 
 def first_to_go() -> None:
-    """If the machine runs out of memory, the kernel is to choose this process."""
-    prctl(PR_SET_DUMPABLE, 1)  # the zygote is not; only so is the next line allowed
+    """If the machine runs out of memory, the kernel is to choose this process or its children."""
     with contextlib.suppress(OSError):
         fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
         os.write(fd, b"1000")

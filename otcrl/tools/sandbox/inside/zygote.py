@@ -171,7 +171,6 @@ class Zygote:
             high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 512) for fd in pipes]  # out of the way of their new numbers
             for number, fd in enumerate(high):
                 os.dup2(fd, number)
-            confine.first_to_go()
             if self.isolated:
                 confine.private_world(self.scratch)
                 confine.drop_capabilities()
@@ -411,6 +410,7 @@ def warm(config: dict[str, Any]) -> Zygote:
     if "sympy" in sys.modules:
         importlib.import_module("sympy").simplify("x + 1")  # fills the caches that every program needs
     atexit._clear()
+    confine.first_to_go()
     confine.prctl(confine.PR_SET_CHILD_SUBREAPER, 1)
     confine.prctl(confine.PR_SET_DUMPABLE, 0)  # a child may not trace us, nor open our files through /proc
     gc.collect()
@@ -419,6 +419,7 @@ def warm(config: dict[str, Any]) -> Zygote:
     confine.use_huge_pages()
     if config["isolated"]:
         confine.protect_devices()
+        confine.forgo_capabilities()
     return Zygote(
         isolated=config["isolated"],
         scratch=config["scratch"],
