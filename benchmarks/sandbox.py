@@ -22,7 +22,7 @@ from common import publish
 
 from otcrl.tools.sandbox.pool import Pool, Program
 
-PRELOAD = ("numpy", "scipy.optimize", "sympy")
+PRELOAD = ("numpy", "scipy", "sympy")
 CONCURRENCY = 64
 ROUNDS = 4
 

@@ -74,7 +74,10 @@ def interpreter() -> str:
 
 
 def package_paths(preload: Sequence[str]) -> list[Path]:
-    """The directories and files of site-packages that importing `preload` uses; a fresh process finds out."""
+    """The directories and files of site-packages that importing `preload` uses; a fresh process finds out.
+
+    A wheel's shared libraries lie beside it in PACKAGE.libs: a part of it that is imported later may need them.
+    """
     if all(name.partition(".")[0] in sys.stdlib_module_names for name in preload):
         return []
     done = subprocess.run(
@@ -86,6 +89,7 @@ def package_paths(preload: Sequence[str]) -> list[Path]:
     files = [Path(line) for line in done.stdout.splitlines()]
     sites = {Path(sysconfig.get_path("purelib")).resolve(), Path(sysconfig.get_path("platlib")).resolve()}
     found = {site / file.relative_to(site).parts[0] for site in sites for file in files if file.is_relative_to(site)}
+    found |= {libraries for package in found if (libraries := package.with_name(f"{package.name}.libs")).is_dir()}
     return sorted(found)
 
 
