@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from otcrl.tools.sandbox.inside.zygote import SPARES
 from otcrl.tools.sandbox.pool import Execution, Pool, Program, State
 from tests.test_sandbox import LIMITS, has_bubblewrap, run
 
@@ -118,7 +119,7 @@ BOMBS = [
     attack("forks for ever", "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", State.TIMEOUT,
            timeout_s=0.3),
     attack("programs", "import subprocess\nsubprocess.Popen(['x'])", State.ERROR, err="PermissionError"),
-    attack("pools of processes", "import multiprocessing\nmultiprocessing.Pool(2)", State.ERROR, err="PermissionError"),
+    attack("pools of processes", "import multiprocessing\nmultiprocessing.Pool(2)", State.ERROR, err="FileNotFound"),
     attack(
         "threads",
         """
@@ -149,9 +150,8 @@ BOMBS = [
         err="ValueError: not allowed to raise maximum limit\n",
     ),
     attack("many in /tmp", "for i in range(99): open(f'{i}', 'wb').write(bytes(1 << 20))", State.ERROR, err="No space"),
-    attack("/dev/shm", "while True: open('/dev/shm/x', 'ab').write(bytes(1 << 20))", State.ERROR, err="too large"),
-    attack("many in /dev/shm", "for i in range(99): open(f'/dev/shm/{i}', 'wb').write(bytes(1 << 20))", State.ERROR,
-           err="No space"),
+    attack("/tmp", "while True: open('/tmp/x', 'ab').write(bytes(1 << 20))", State.ERROR, err="too large"),
+    attack("/dev/shm", "open('/dev/shm/x', 'wb')", State.ERROR, err="FileNotFoundError"),
     attack("inodes", "for i in range(20000): open(str(i), 'w').close()", State.ERROR, err="No space left"),
     attack("sparse file", "open('x', 'wb').truncate(1 << 40)", State.ERROR, err="File too large\n"),
     attack(
@@ -237,7 +237,7 @@ def test_output_is_what_was_written(pool: Pool, output: Attack):
 SOURCES = [
     attack("10 MB of comment", "#" * (10 << 20) + "\n7", value="7"),
     attack("10 MB of text", f"x = '{'é' * (5 << 20)}'\nlen(x)", value=str(5 << 20)),
-    attack("10 MB of statements", "x = 1\n" * ((10 << 20) // 6), State.MEMORY, err="MemoryError\n"),
+    attack("10 MB of statements", "x = 1\n" * ((10 << 20) // 6), State.MEMORY),
     attack("parentheses", "(" * 100_000 + ")" * 100_000, State.ERROR, err="SyntaxError: too many nested parentheses"),
     attack("minuses", "-" * 100_000 + "1", State.MEMORY),
     attack("a sum", "1" + "+1" * 100_000, State.ERROR, err="RecursionError"),
@@ -665,7 +665,6 @@ POISON = {
                  "Decimal('0.125')"),
     "environment": ("import os\nos.environ['A'] = '1'; os.putenv('B', '1')", "import os\nos.environ.get('A')", ""),
     "a file": ("open('/tmp/a', 'w').write('x')", "import os\nos.listdir('/tmp')", "[]"),
-    "shared memory": ("open('/dev/shm/a', 'w').write('x')", "import os\nos.listdir('/dev/shm')", "[]"),
     "working directory": ("import os\nos.chdir('/')", "import os\nos.getcwd()", "'/tmp'"),
     "mode of /tmp": ("import os\nos.chmod('/tmp', 0)", "import os\noct(os.stat('/tmp').st_mode)", "'0o40700'"),
     "umask": ("import os\nos.umask(0o777)", "import os\noct(os.umask(0))", "'0o22'"),
@@ -888,13 +887,12 @@ def open_files(pid: int) -> int:
         return -1
 
 
-def settled(pids: list[int], expected: list[tuple[int, int, int]] | None = None) -> list[tuple[int, int, int]]:
-    """`held_by` once the zygote has reaped the last child and forked the next."""
-    deadline = time.monotonic() + 5
-    found = held_by(pids)
-    while time.monotonic() < deadline and (found != expected if expected else found[1][2] != 1):
-        time.sleep(0.01)
-        found = held_by(pids)
+def settled(pool: Pool, pids: list[int]) -> list[tuple[int, int, int]]:
+    """`held_by` when the zygote has reaped its last child and just forked its next ones."""
+    deadline = time.monotonic() + 10
+    while (found := held_by(pids))[1][2] != SPARES and time.monotonic() < deadline:
+        run(pool, "1")
+        time.sleep(0.05)
     return found
 
 
@@ -918,13 +916,13 @@ def test_nothing_leaks():
             run(pool, code)
         [bwrap] = sandboxes() - before
         processes = [os.getpid(), *children(bwrap)]
-        at_first = settled(processes)
+        at_first = settled(pool, processes)
         for number in range(calls):
             name = f"s{number % 5}" if number % 10 == 0 else ""
             play(pool, programs[number % 4] if not name else "1", session=name)
             if name:
                 asyncio.run(pool.end(name))
-        assert settled(processes, at_first) == at_first
+        assert settled(pool, processes) == at_first
         assert [os.getpid(), *children(bwrap)] == processes  # the zygote was never started anew
         assert zombies() == []
         assert not list(Path(tempfile.gettempdir()).glob(f"*{mark}*"))

@@ -101,8 +101,7 @@ def bwrap_command(bwrap: str, packages: Sequence[Path]) -> list[str]:
     command += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--clearenv", "--proc", "/proc"]
     for device in ("null", "zero", "full", "random", "urandom"):
         command += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]  # read-only later: confine.protect_devices
-    for scratch in ("/dev/shm", "/tmp"):  # covered by each child's own
-        command += ["--size", "4096", "--tmpfs", scratch]
+    command += ["--size", "4096", "--tmpfs", "/tmp"]  # covered by each child's own
     for system in ("/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache"):
         command += ["--ro-bind-try", system, system]
     for link in (Path("/lib"), Path("/lib64")):

@@ -33,7 +33,7 @@ from otcrl.tools.sandbox.jail import ENVIRONMENT, HOW_TO_FIX, START, bwrap_comma
 START_S = 60.0  # importing sympy on a loaded machine takes seconds
 GRACE_S = 5.0  # past the time limit, for killing and collecting
 ATTEMPTS = 3
-SCRATCH_BYTES = 64 << 20  # of /tmp, and of /dev/shm
+SCRATCH_BYTES = 64 << 20  # of /tmp
 MAX_THREADS = 128  # of one call
 MAX_OUTPUT_BYTES = 64 << 20  # of one call: what prints more is stopped
 MAX_SESSIONS = 64  # of one interpreter; the one that was idle the longest ends
@@ -386,7 +386,7 @@ class Pool:
             start = f"import sys; sys.path.append({root!r}); {START}"
             command = [sys.executable, "-s", "-P", "-X", "utf8", "-c", start, json.dumps(config)]
             return Launch(command, ENVIRONMENT | {"HOME": scratch.name}, isolated, scratch)
-        config |= {"paths": ["/packages"], "scratch": {"/tmp": SCRATCH_BYTES, "/dev/shm": SCRATCH_BYTES}}
+        config |= {"paths": ["/packages"], "scratch": {"/tmp": SCRATCH_BYTES}}
         with self._packages_lock:
             if self._packages is None:
                 self._packages = package_paths(self._preload)

@@ -1,7 +1,7 @@
 """Locks one child up before it runs a program that nobody has read. Standard library only: it runs inside.
 
-The zygote keeps CAP_SYS_ADMIN of the sandbox's own user namespace, to make a namespace of each other kind for each
-child; the child gives every capability up before it is handed a program. Kernel interfaces: capabilities(7),
+The zygote keeps CAP_SYS_ADMIN of the sandbox's own user namespace, to make a pid and a mount namespace for each child;
+the child gives every capability up before it is handed a program. Kernel interfaces: capabilities(7),
 landlock(7), mount(2), prctl(2), seccomp(2), unshare(2).
 """
 
@@ -14,7 +14,7 @@ import resource
 import struct
 from collections.abc import Mapping
 
-NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_PIDS, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x20000000, 0x40000000
+NEW_MOUNTS, NEW_PIDS = 0x20000, 0x20000000
 READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT, BIND = 1, 2, 4, 8, 32, 4096
 PR_SET_DUMPABLE, PR_GET_SECCOMP, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 4, 21, 22, 24, 36
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
@@ -55,12 +55,18 @@ def fork_alone(own_pids: int) -> int:
     return pid
 
 
-def private_world(scratch: Mapping[str, int]) -> None:
-    """New mount, IPC, host name and network namespaces; `scratch` directories (-> bytes) empty, /proc gone."""
-    checked(libc.unshare(NEW_MOUNTS | NEW_IPC | NEW_UTS | NEW_NET), "namespaces")
+def private_files(scratch: Mapping[str, int]) -> None:
+    """A new mount namespace, in which the `scratch` directories (-> bytes) are empty and its own."""
+    checked(libc.unshare(NEW_MOUNTS), "a mount namespace")
     for directory, size in scratch.items():
         mount(directory, NO_SUID | NO_DEV | NO_EXEC, f"size={size},nr_inodes=16384,mode=0700")
+
+
+def cover_proc() -> int:
+    """Nobody sees /proc from now on but through the descriptor that this returns."""
+    proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     mount("/proc", NO_SUID | NO_DEV | NO_EXEC | READ_ONLY, "size=0,mode=0555")
+    return proc
 
 
 def protect_devices() -> None:

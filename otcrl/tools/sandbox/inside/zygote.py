@@ -28,12 +28,18 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from otcrl.tools.sandbox.inside import channel, confine, program
 
 SAMPLE_S = 0.02  # how often a running call's threads and memory are counted
+SPARES = 4  # children that wait for a program
+OUT_OF_MEMORY = (
+    "MemoryError",
+    "SystemError: <built-in function compile> returned NULL",
+)  # CPython's two ways to say so
 PAUSE_S = 1.0  # for a session to come to rest
 GONE, STOPPED = {"Z", "X"}, {"T", "t"}
 
@@ -137,23 +143,23 @@ class Zygote:
     max_sessions: int
     max_output_bytes: int
     landlock: int  # ABI; 0: the kernel has none
-    spare: Child | None = None  # of the next call
-    ended: Child | None = None  # killed and not yet reaped
+    proc: int  # a descriptor of /proc
+    spares: list[Child] = field(default_factory=list)  # of the next calls
+    ended: list[Child] = field(default_factory=list)  # killed and not yet reaped
     sessions: dict[str, Child] = field(default_factory=dict)
 
     mapped_bytes: int = 0  # of the address space, when the last child was forked
 
     def __post_init__(self) -> None:
         self.null = os.open(os.devnull, os.O_RDWR)
-        self.own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        self.own_pids = os.open("self/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.proc)
 
     # -- children ------------------------------------------------------------------------------------
 
     def fork(self) -> Child:
         """A child that is locked up and waits for its program."""
         (there, requests), (stdout, out), (stderr, err), (reports, says) = (os.pipe() for _ in range(4))
-        with open("/proc/self/statm") as f:
-            self.mapped_bytes = int(f.read().split()[0]) * resource.getpagesize()
+        self.mapped_bytes = self.pages("self")[0] * resource.getpagesize()
         directory = None if self.isolated else tempfile.mkdtemp(dir=next(iter(self.scratch)))
         pid = confine.fork_alone(self.own_pids) if self.isolated else os.fork()
         if pid == 0:
@@ -172,7 +178,7 @@ class Zygote:
             for number, fd in enumerate(high):
                 os.dup2(fd, number)
             if self.isolated:
-                confine.private_world(self.scratch)
+                confine.private_files(self.scratch)
                 confine.drop_capabilities()
                 if self.landlock:
                     confine.restrict_files(self.landlock, self.scratch)
@@ -206,8 +212,8 @@ class Zygote:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
             _, status, usage = os.wait4(child.pid, 0)
-            others = {other.pid for other in (*self.sessions.values(), *filter(None, [self.spare]))}
-            while strays := set(children(os.getpid())) - others:  # an orphan comes to us when its parent is gone
+            others = {other.pid for other in (*self.sessions.values(), *self.spares)}
+            while strays := set(self.children()) - others:  # an orphan comes to us when its parent is gone
                 for pid in strays:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
@@ -222,11 +228,50 @@ class Zygote:
         """Stop its threads, as nothing of a session runs between its calls. False if it did not come to rest."""
         os.kill(child.pid, signal.SIGSTOP)
         deadline = time.monotonic() + PAUSE_S
-        while set(states(child.pid)) - GONE - STOPPED:
+        while set(self.states(child.pid)) - GONE - STOPPED:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.0005)
         return True
+
+    # -- /proc: see proc(5) --------------------------------------------------------------------------
+
+    def read(self, path: str) -> str:
+        """A file of /proc; "" if its process is gone."""
+        try:
+            fd = os.open(path, os.O_RDONLY, dir_fd=self.proc)
+        except OSError:
+            return ""
+        try:
+            return os.read(fd, 1 << 16).decode(errors="replace")
+        except ProcessLookupError:
+            return ""
+        finally:
+            os.close(fd)
+
+    def pages(self, pid: int | str) -> tuple[int, int]:
+        """(mapped, resident)"""
+        mapped, resident, *_ = self.read(f"{pid}/statm").split() or ("0", "0")
+        return int(mapped), int(resident)
+
+    def resident(self, pid: int) -> int:
+        """Bytes; 0 if it is gone."""
+        return self.pages(pid)[1] * resource.getpagesize()
+
+    def states(self, pid: int) -> list[str]:
+        """Of each thread; none if it is gone."""
+        try:
+            tasks = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.proc)
+        except OSError:
+            return []
+        try:
+            stats = [self.read(f"{pid}/task/{thread}/stat") for thread in os.listdir(tasks)]
+        finally:
+            os.close(tasks)
+        return [stat.rpartition(")")[2].split()[0] for stat in stats if stat]
+
+    def children(self) -> list[int]:
+        return [int(pid) for pid in self.read(f"self/task/{threading.get_native_id()}/children").split()]
 
     # -- calls ---------------------------------------------------------------------------------------
 
@@ -245,7 +290,7 @@ class Zygote:
             self.sessions[name] = child
         elif ended == "reported" and self.isolated:
             os.kill(child.pid, signal.SIGKILL)
-            self.ended = child
+            self.ended.append(child)
         else:
             status, had_no_time = self.end(child)
         for fd, stream in streams.items():
@@ -255,9 +300,9 @@ class Zygote:
         state, code = verdict(ended, said["code"] if ended == "reported" else os.waitstatus_to_exitcode(status))
         if state == "killed" and had_no_time:
             state = "timeout"
-        elif state == "error" and last_line(err.text()).startswith("MemoryError"):
+        elif state == "error" and last_line(err.text()).startswith(OUT_OF_MEMORY):
             state = "memory"
-        if child not in (self.ended, *self.sessions.values()):
+        if not (goes_on or child in self.ended):
             child.close()
         return {
             "state": state,
@@ -280,24 +325,34 @@ class Zygote:
             return child, False
         if child is not None:
             self.discard(child)
-        if self.spare is not None and self.spare.is_dead():
-            self.discard(self.spare)
-            self.spare = None
-        child, self.spare = self.spare or self.fork(), None
-        child.resident_bytes = resident(child.pid)
+        while self.spares and self.spares[-1].is_dead():
+            self.discard(self.spares.pop())
+        child = self.spares.pop() if self.spares else self.fork()
+        child.resident_bytes = self.resident(child.pid)
         return child, True
 
     def discard(self, child: Child) -> None:
         self.end(child)
         child.close()
 
-    def tidy(self) -> None:
-        """What can be done while nobody waits: reap the last child, fork the next one."""
-        if self.ended is not None:
-            self.discard(self.ended)
-            self.ended = None
-        if self.spare is None:
-            self.spare = self.fork()
+    def wait(self, requests: int) -> set[int]:
+        """The descriptors among which something happened: a request, or the end of a child that was killed."""
+        poller = select.poll()
+        for fd in (requests, *(child.pidfd for child in self.ended)):
+            poller.register(fd, select.POLLIN)
+        return {fd for fd, _ in poller.poll()}
+
+    def tidy(self, is_awaited: Callable[[], bool]) -> None:
+        """What can be done while nobody waits: reap the last children, fork the next ones.
+
+        Several at a time: after a fork this process pays for every page that it writes, until it has written them all.
+        """
+        while self.ended and (self.ended[0].is_dead() or len(self.ended) > SPARES):
+            self.discard(self.ended.pop(0))
+        if not self.spares:
+            self.spares.append(self.fork())
+            while len(self.spares) < SPARES and not is_awaited():
+                self.spares.append(self.fork())
 
     def watch(self, child: Child, request: dict[str, Any], streams: dict[int, Capture | Report]) -> str:
         """Hand the program over and collect output until the child `exited` or, in a session, `reported`;
@@ -332,9 +387,9 @@ class Zygote:
 
     def overuse(self, child: Child, request: dict[str, Any]) -> str | None:
         """A limit that the kernel does not watch for root, or not in every form that memory has."""
-        if len(states(child.pid)) > self.max_threads:
+        if len(self.states(child.pid)) > self.max_threads:
             return "threads"
-        used = resident(child.pid) - child.resident_bytes
+        used = self.resident(child.pid) - child.resident_bytes
         return "memory" if used > (request["memory_mb"] << 20) + confine.LAST_WORDS_BYTES else None
 
 
@@ -347,38 +402,9 @@ def written(fd: int, content: memoryview) -> int:
         return len(content)
 
 
-def resident(pid: int) -> int:
-    """Bytes; 0 if it is gone."""
-    try:
-        with open(f"/proc/{pid}/statm") as f:
-            return int(f.read().split()[1]) * resource.getpagesize()
-    except (OSError, IndexError):
-        return 0
-
-
 def encodable(text: str) -> str:
     """`text` with a question mark for what UTF-8 has no bytes for, half a surrogate pair."""
     return text.encode(errors="replace").decode()
-
-
-def children(pid: int) -> list[int]:
-    """Direct ones, whichever thread forked them."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/children") as f:
-                found += map(int, f.read().split())
-    return found
-
-
-def states(pid: int) -> list[str]:
-    """Of each thread; none if it is gone. See proc_pid_stat(5)."""
-    found: list[str] = []
-    with contextlib.suppress(OSError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{thread}/stat") as f:
-                found.append(f.read().rpartition(")")[2].split()[0])
-    return found
 
 
 def verdict(ended: str, code: int) -> tuple[str, int]:
@@ -419,8 +445,11 @@ def warm(config: dict[str, Any]) -> Zygote:
     confine.use_huge_pages()
     if config["isolated"]:
         confine.protect_devices()
+    proc = confine.cover_proc() if config["isolated"] else os.open("/proc", os.O_PATH | os.O_DIRECTORY)
+    if config["isolated"]:
         confine.forgo_capabilities()
     return Zygote(
+        proc=proc,
         isolated=config["isolated"],
         scratch=config["scratch"],
         seccomp=base64.b64decode(config["seccomp"]),
@@ -442,8 +471,12 @@ def main() -> None:
         channel.send(replies, {"ready": False, "why": f"cannot import {error.name!r}: {error}"})
         return
     channel.send(replies, {"ready": True, "landlock": zygote.landlock})
+    asked = select.poll()
+    asked.register(requests, select.POLLIN)
     while True:
-        zygote.tidy()
+        zygote.tidy(is_awaited=lambda: bool(asked.poll(0)))
+        if requests not in zygote.wait(requests):
+            continue  # to reap
         request = channel.receive(requests)
         if request is None:
             return
