@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib.util
-import json
 import os
-import platform
 import random
 import sys
 import time
@@ -25,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
+from common import Row, publish
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from otcrl.rollout.hf_engine import HFEngine
@@ -154,50 +152,25 @@ def measure(directory: str | None, dtype: torch.dtype, count: int) -> tuple[int,
     return sum(work.lengths), spent
 
 
-def machine() -> dict[str, str | int]:
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", help="directory of a Hugging Face model; SmolLM2-135M-Instruct if not given")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="fewer on a machine that has other work")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "hf_engine.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-
-    command = " ".join(["python", "benchmarks/hf_engine.py", *sys.argv[1:]])
-    result = json.loads(options.out.read_text()) if options.out.exists() else {"rows": [], "ratios": {}}
-    for dtype in options.dtypes:  # other rows stay as they are
+    rows: list[Row] = []
+    ratios: dict[str, float] = {}
+    for dtype in options.dtypes:
         useful, spent = measure(options.model, getattr(torch, dtype), options.sequences)
-        same = {"dtype": dtype, "sequences": options.sequences}
-        result["rows"] = [row for row in result["rows"] if not same.items() <= row.items()]
         for way, took in spent.items():
-            row = {"dtype": dtype, "way": way, "wall_s": round(took.wall_s, 2), "cpu_s": round(took.cpu_s, 2)}
-            row |= {"tokens_per_s": round(useful / took.wall_s, 1), "sequences": options.sequences, "command": command}
-            result["rows"].append(row)
-            line = "{dtype:10}{way:20}{wall_s:9.2f} s wall {cpu_s:9.2f} s cpu {tokens_per_s:9.1f} useful tokens/s"
-            print(line.format(**row), flush=True)
+            row = {"dtype": dtype, "sequences": options.sequences, "way": way, "wall_s": round(took.wall_s, 2)}
+            rows.append(row | {"cpu_s": round(took.cpu_s, 2), "tokens_per_s": round(useful / took.wall_s, 1)})
             if way != "otcrl":
-                result["ratios"][f"{dtype}_{options.sequences}_vs_{way}"] = round(
-                    took.wall_s / spent["otcrl"].wall_s, 2
-                )
-                result["ratios"][f"{dtype}_{options.sequences}_vs_{way}_cpu"] = round(
-                    took.cpu_s / spent["otcrl"].cpu_s, 2
-                )
-        options.out.write_text(json.dumps(result | {"machine": machine()}, indent=2) + "\n")
-    print(json.dumps(result["ratios"], indent=2))
+                name, ours = f"{dtype}_{options.sequences}_vs_{way}", spent["otcrl"]
+                ratios |= {name: round(took.wall_s / ours.wall_s, 2), f"{name}_cpu": round(took.cpu_s / ours.cpu_s, 2)}
+    publish("hf_engine", rows, ratios)
 
 
 if __name__ == "__main__":

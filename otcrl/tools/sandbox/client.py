@@ -12,6 +12,7 @@ from uuid import uuid4
 
 from otcrl.errors import ConfigError, ToolUnavailable
 from otcrl.tools.remote import ServerBusy, ServerLost, Servers
+from otcrl.tools.sandbox.inside.channel import encodable
 from otcrl.tools.sandbox.pool import Execution, Program, State
 
 if TYPE_CHECKING:
@@ -170,8 +171,3 @@ def with_reason(stderr: str, state: State) -> str:
     """`stderr` and why the program ended, for clients that do not know `outcome`."""
     reason = REASONS.get(state, "")
     return f"{stderr}\n{reason}" if reason and stderr and not stderr.endswith("\n") else f"{stderr}{reason}"
-
-
-def encodable(text: str) -> str:
-    """`text` with a question mark for what UTF-8 has no bytes for, half a surrogate pair."""
-    return text.encode(errors="replace").decode()

@@ -27,7 +27,8 @@ from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field, 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from otcrl.errors import OtcrlError
-from otcrl.tools.sandbox.client import encodable, with_reason
+from otcrl.tools.sandbox.client import with_reason
+from otcrl.tools.sandbox.inside.channel import encodable
 from otcrl.tools.sandbox.pool import Execution, Pool, Program, State
 
 Status = Literal["Finished", "Error", "TimeLimitExceeded"]

@@ -41,3 +41,8 @@ def read_exactly(fd: int, count: int) -> bytes | None:
         parts.append(part)
         count -= len(part)
     return b"".join(parts)
+
+
+def encodable(text: str) -> str:
+    """`text` with a question mark for what UTF-8 has no bytes for, half a surrogate pair."""
+    return text.encode(errors="replace").decode()

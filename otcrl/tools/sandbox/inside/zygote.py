@@ -33,82 +33,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from otcrl.tools.sandbox.inside import channel, confine, program
+from otcrl.tools.sandbox.inside.proc import Proc
+from otcrl.tools.sandbox.inside.streams import Capture, Report
 
 SAMPLE_S = 0.02  # how often a running call's threads and memory are counted
 SPARES = 4  # children that wait for a program
-OUT_OF_MEMORY = (
-    "MemoryError",
-    "SystemError: <built-in function compile> returned NULL",
-)  # CPython's two ways to say so
+# the two ways in which CPython says so
+OUT_OF_MEMORY = ("MemoryError", "SystemError: <built-in function compile> returned NULL")
+SESSION_CPU_S = 86400  # of all its calls; each has its own time limit
 PAUSE_S = 1.0  # for a session to come to rest
 GONE, STOPPED = {"Z", "X"}, {"T", "t"}
-
-
-class Capture:
-    """The first and the last `limit` bytes of a stream; what lies between is only counted."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.head, self.tail, self.dropped = limit, b"", b"", 0
-
-    def take(self, fd: int) -> bool:
-        """Read once what is there; False at the end of the stream, or when nothing is."""
-        try:
-            part = os.read(fd, 1 << 16)
-        except BlockingIOError:
-            return False
-        room = self.limit - len(self.head)
-        self.head += part[:room]
-        self.tail += part[room:]
-        if len(self.tail) > self.limit:
-            self.dropped += len(self.tail) - self.limit
-            self.tail = self.tail[-self.limit :]
-        return bool(part)
-
-    def total(self) -> int:
-        return len(self.head) + len(self.tail) + self.dropped
-
-    def text(self) -> str:
-        return (self.head + self.tail).decode(errors="replace")
-
-
-class Report:
-    """What a child says about itself, as far as it can be understood."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.content = limit, b""
-
-    def take(self, fd: int) -> bool:
-        try:
-            part = os.read(fd, 1 << 16)
-        except BlockingIOError:
-            return False
-        if len(self.content) < self.limit:
-            self.content += part
-        return bool(part)
-
-    def total(self) -> int:
-        return 0
-
-    def is_whole(self) -> bool:
-        size = channel.HEADER.size
-        return len(self.content) >= size and len(self.content) - size >= channel.HEADER.unpack(self.content[:size])[0]
-
-    def message(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """As much of it as was asked for; None for what is no report, or not all of one."""
-        if not self.is_whole():
-            return None
-        (length,) = channel.HEADER.unpack(self.content[: channel.HEADER.size])
-        try:
-            said = json.loads(self.content[channel.HEADER.size :][:length])
-            files = dict(said["files"])
-            return {
-                "code": int(said["code"]) & 0xFF,
-                "value": encodable(said["value"][: 2 * request["max_bytes"]]),
-                "cut": max(0, int(said["cut"])),
-                "files": {name: encodable(files[name]) for name in request["fetch"] if name in files},
-            }
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-            return None
 
 
 @dataclass
@@ -143,23 +77,22 @@ class Zygote:
     max_sessions: int
     max_output_bytes: int
     landlock: int  # ABI; 0: the kernel has none
-    proc: int  # a descriptor of /proc
+    proc: Proc
     spares: list[Child] = field(default_factory=list)  # of the next calls
     ended: list[Child] = field(default_factory=list)  # killed and not yet reaped
     sessions: dict[str, Child] = field(default_factory=dict)
-
     mapped_bytes: int = 0  # of the address space, when the last child was forked
 
     def __post_init__(self) -> None:
         self.null = os.open(os.devnull, os.O_RDWR)
-        self.own_pids = os.open("self/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.proc)
+        self.own_pids = os.open("self/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.proc.fd)
 
     # -- children ------------------------------------------------------------------------------------
 
     def fork(self) -> Child:
         """A child that is locked up and waits for its program."""
         (there, requests), (stdout, out), (stderr, err), (reports, says) = (os.pipe() for _ in range(4))
-        self.mapped_bytes = self.pages("self")[0] * resource.getpagesize()
+        self.mapped_bytes = self.proc.mapped("self")
         directory = None if self.isolated else tempfile.mkdtemp(dir=next(iter(self.scratch)))
         pid = confine.fork_alone(self.own_pids) if self.isolated else os.fork()
         if pid == 0:
@@ -197,7 +130,7 @@ class Zygote:
         confine.limit_resources(
             baseline_bytes=self.mapped_bytes,
             memory_mb=request["memory_mb"],
-            cpu_s=86400 if request["session"] else math.ceil(request["timeout_s"]) + 1,
+            cpu_s=SESSION_CPU_S if request["session"] else math.ceil(request["timeout_s"]) + 1,
             file_bytes=max(self.scratch.values()),
             threads=self.max_threads + 2 + self.max_sessions,  # the kernel counts all children together
         )
@@ -213,7 +146,7 @@ class Zygote:
                 os.killpg(child.pid, signal.SIGKILL)
             _, status, usage = os.wait4(child.pid, 0)
             others = {other.pid for other in (*self.sessions.values(), *self.spares)}
-            while strays := set(self.children()) - others:  # an orphan comes to us when its parent is gone
+            while strays := set(self.proc.children()) - others:  # an orphan comes to us when its parent is gone
                 for pid in strays:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
@@ -228,50 +161,11 @@ class Zygote:
         """Stop its threads, as nothing of a session runs between its calls. False if it did not come to rest."""
         os.kill(child.pid, signal.SIGSTOP)
         deadline = time.monotonic() + PAUSE_S
-        while set(self.states(child.pid)) - GONE - STOPPED:
+        while set(self.proc.states(child.pid)) - GONE - STOPPED:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.0005)
         return True
-
-    # -- /proc: see proc(5) --------------------------------------------------------------------------
-
-    def read(self, path: str) -> str:
-        """A file of /proc; "" if its process is gone."""
-        try:
-            fd = os.open(path, os.O_RDONLY, dir_fd=self.proc)
-        except OSError:
-            return ""
-        try:
-            return os.read(fd, 1 << 16).decode(errors="replace")
-        except ProcessLookupError:
-            return ""
-        finally:
-            os.close(fd)
-
-    def pages(self, pid: int | str) -> tuple[int, int]:
-        """(mapped, resident)"""
-        mapped, resident, *_ = self.read(f"{pid}/statm").split() or ("0", "0")
-        return int(mapped), int(resident)
-
-    def resident(self, pid: int) -> int:
-        """Bytes; 0 if it is gone."""
-        return self.pages(pid)[1] * resource.getpagesize()
-
-    def states(self, pid: int) -> list[str]:
-        """Of each thread; none if it is gone."""
-        try:
-            tasks = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self.proc)
-        except OSError:
-            return []
-        try:
-            stats = [self.read(f"{pid}/task/{thread}/stat") for thread in os.listdir(tasks)]
-        finally:
-            os.close(tasks)
-        return [stat.rpartition(")")[2].split()[0] for stat in stats if stat]
-
-    def children(self) -> list[int]:
-        return [int(pid) for pid in self.read(f"self/task/{threading.get_native_id()}/children").split()]
 
     # -- calls ---------------------------------------------------------------------------------------
 
@@ -328,7 +222,7 @@ class Zygote:
         while self.spares and self.spares[-1].is_dead():
             self.discard(self.spares.pop())
         child = self.spares.pop() if self.spares else self.fork()
-        child.resident_bytes = self.resident(child.pid)
+        child.resident_bytes = self.proc.resident(child.pid)
         return child, True
 
     def discard(self, child: Child) -> None:
@@ -355,7 +249,7 @@ class Zygote:
                 self.spares.append(self.fork())
 
     def watch(self, child: Child, request: dict[str, Any], streams: dict[int, Capture | Report]) -> str:
-        """Hand the program over and collect output until the child `exited` or, in a session, `reported`;
+        """Hand the program over and collect output until the child `reported` or, without a word, `exited`;
         or until it has to be ended: `timeout`, `memory`, `threads` or `output`."""
         body = memoryview(channel.packed(request))
         deadline, sample = time.monotonic() + request["timeout_s"], time.monotonic() + SAMPLE_S
@@ -387,9 +281,9 @@ class Zygote:
 
     def overuse(self, child: Child, request: dict[str, Any]) -> str | None:
         """A limit that the kernel does not watch for root, or not in every form that memory has."""
-        if len(self.states(child.pid)) > self.max_threads:
+        if len(self.proc.states(child.pid)) > self.max_threads:
             return "threads"
-        used = self.resident(child.pid) - child.resident_bytes
+        used = self.proc.resident(child.pid) - child.resident_bytes
         return "memory" if used > (request["memory_mb"] << 20) + confine.LAST_WORDS_BYTES else None
 
 
@@ -400,11 +294,6 @@ def written(fd: int, content: memoryview) -> int:
         return 0
     except BrokenPipeError:  # it is gone, which its pidfd will tell
         return len(content)
-
-
-def encodable(text: str) -> str:
-    """`text` with a question mark for what UTF-8 has no bytes for, half a surrogate pair."""
-    return text.encode(errors="replace").decode()
 
 
 def verdict(ended: str, code: int) -> tuple[str, int]:
@@ -449,7 +338,7 @@ def warm(config: dict[str, Any]) -> Zygote:
     if config["isolated"]:
         confine.forgo_capabilities()
     return Zygote(
-        proc=proc,
+        proc=Proc(proc),
         isolated=config["isolated"],
         scratch=config["scratch"],
         seccomp=base64.b64decode(config["seccomp"]),
@@ -470,7 +359,7 @@ def main() -> None:
     except ImportError as error:
         channel.send(replies, {"ready": False, "why": f"cannot import {error.name!r}: {error}"})
         return
-    channel.send(replies, {"ready": True, "landlock": zygote.landlock})
+    channel.send(replies, {"ready": True})
     asked = select.poll()
     asked.register(requests, select.POLLIN)
     while True:
