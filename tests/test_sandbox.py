@@ -1,8 +1,10 @@
 """The sandbox against programs that try to get out, stay, or take everything. All real: nothing is simulated."""
 
 import asyncio
+import json
 import os
 import subprocess
+import sys
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from otcrl.errors import ConfigError, ToolUnavailable
+from otcrl.tools.sandbox.inside import channel, heap
+from otcrl.tools.sandbox.jail import START
 from otcrl.tools.sandbox.pool import Execution, Pool, Program, State
 
 LIMITS = {"timeout_s": 5.0, "memory_mb": 128, "max_bytes": 8000}
@@ -178,8 +182,11 @@ def test_every_lock_is_on_as_the_host_sees_it(pool: Pool):
             status = dict(line.split(":\t", 1) for line in Path(f"/proc/{waiting}/status").read_text().splitlines())
     assert {value for name, value in status.items() if name.startswith("Cap")} == {"0" * 16}
     assert (status["NoNewPrivs"], status["Seccomp"], status["NSpid"].split()[-1]) == ("1", "2", "1")
+    zygote = int(status["PPid"])
     for kind in ("user", "pid", "mnt", "ipc", "uts", "net"):
-        assert os.readlink(f"/proc/{waiting}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}")
+        of_the_call = os.readlink(f"/proc/{waiting}/ns/{kind}")
+        assert of_the_call != os.readlink(f"/proc/self/ns/{kind}")
+        assert (of_the_call == os.readlink(f"/proc/{zygote}/ns/{kind}")) == (kind in ("user", "net"))
 
 
 def test_no_new_user_namespace_can_be_made(pool: Pool):
@@ -433,6 +440,28 @@ def test_where_namespaces_are_forbidden_it_refuses(tmp_path: Path):
     with pytest.raises(ToolUnavailable, match=r"No permissions to create new namespace.*isolation: none"):
         run(pool, "1")
     asyncio.run(pool.close())
+
+
+def test_a_preload_that_leaves_a_thread_running_is_refused_as_a_fork_would_lose_it(tmp_path: Path):
+    (tmp_path / "busy.py").write_text("import threading, time\nthreading.Thread(target=time.sleep, args=(60,)).start()")
+    config = {"isolated": False, "preload": ["math", "busy"], "paths": [str(tmp_path)], "scratch": {str(tmp_path): 1}}
+    zygote = subprocess.Popen([sys.executable, "-c", START, json.dumps(config)], stdout=subprocess.PIPE)
+    assert zygote.stdout is not None
+    hello = channel.receive(zygote.stdout.fileno())
+    zygote.kill()
+    zygote.communicate()
+    assert hello == {"ready": False, "why": "cannot fork once 'busy' is loaded: it leaves a thread running"}
+
+
+def test_what_is_allocated_after_settling_lies_together_and_not_in_the_holes_of_what_was_loaded():
+    loaded = [heap.block(64) for _ in range(100_000)]
+    holes = {id(block) for block in loaded[::100]}
+    del loaded[::100]
+    heap.fill_pools(64)
+    kept = [heap.block(64) for _ in range(300)]
+    new = set(map(id, kept))
+    assert not new & holes
+    assert max(new) - min(new) < 3 * heap.POOL
 
 
 def test_a_preload_that_does_not_exist_is_refused():

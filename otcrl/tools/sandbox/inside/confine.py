@@ -1,7 +1,7 @@
 """Locks one child up before it runs a program that nobody has read. Standard library only: it runs inside.
 
-The zygote keeps CAP_SYS_ADMIN of the sandbox's own user namespace, to make a pid and a mount namespace for each child;
-the child gives every capability up before it is handed a program. Kernel interfaces: capabilities(7),
+The zygote keeps CAP_SYS_ADMIN of the sandbox's own user namespace, to make pid, mount, ipc and uts namespaces for each
+child; the child gives every capability up before it is handed a program. Kernel interfaces: capabilities(7),
 landlock(7), mount(2), prctl(2), seccomp(2), unshare(2).
 """
 
@@ -12,9 +12,11 @@ import ctypes
 import os
 import resource
 import struct
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-NEW_MOUNTS, NEW_PIDS = 0x20000, 0x20000000
+NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_PIDS = 0x20000, 0x4000000, 0x8000000, 0x20000000
 READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT, BIND = 1, 2, 4, 8, 32, 4096
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 4, 22, 24, 36
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
@@ -24,11 +26,19 @@ LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446  # the same on 
 LANDLOCK_VERSION, LANDLOCK_PATH_BENEATH = 1, 1
 FS_EXECUTE, FS_WRITE_FILE, FS_READ_FILE, FS_READ_DIR = 1, 2, 4, 8
 FS_ALL = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}  # first ABI -> rights it knows
-HUGE_PAGE, MADV_COLLAPSE = 2 << 20, 25
 MAX_OPEN_FILES = 64
 LAST_WORDS_BYTES = 64 << 20  # a program out of memory still needs some to say so
 
+NO_CAPABILITIES = struct.pack("=Ii", CAPABILITY_VERSION_3, 0), bytes(24)
+
 libc = ctypes.CDLL(None, use_errno=True)
+holding_the_gil = ctypes.PyDLL(None, use_errno=True)
+
+
+class Filter(ctypes.Structure):
+    """`struct sock_fprog`: seccomp(2)."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("filters", ctypes.c_char_p))
 
 
 def checked(result: int, what: str) -> int:
@@ -42,11 +52,17 @@ def prctl(option: int, *arguments: object) -> int:
     return libc.prctl(option, *(arguments + (0,) * (4 - len(arguments))))
 
 
+def fork() -> int:
+    """`os.fork` without the handlers that Python then runs in the child: they repair what a second thread could have
+    broken, and write to two hundred pages for it. For a process with one thread."""
+    return checked(holding_the_gil.fork(), "fork")
+
+
 def fork_alone(own_pids: int) -> int:
-    """`os.fork`, the child being pid 1 of a new pid namespace. `own_pids`: an open /proc/self/ns/pid."""
+    """`fork`, the child being pid 1 of a new pid namespace. `own_pids`: an open /proc/self/ns/pid."""
     checked(libc.unshare(NEW_PIDS), "a pid namespace")
     try:
-        pid = os.fork()
+        pid = fork()
     except OSError:
         libc.setns(own_pids, NEW_PIDS)
         raise
@@ -55,9 +71,9 @@ def fork_alone(own_pids: int) -> int:
     return pid
 
 
-def private_files(scratch: Mapping[str, int]) -> None:
-    """A new mount namespace, in which the `scratch` directories (-> bytes) are empty and its own."""
-    checked(libc.unshare(NEW_MOUNTS), "a mount namespace")
+def private_namespaces(scratch: Mapping[str, int]) -> None:
+    """New mount, ipc and uts namespaces, in which the `scratch` directories (-> bytes) are empty and its own."""
+    checked(libc.unshare(NEW_MOUNTS | NEW_IPC | NEW_UTS), "a mount, an ipc and a uts namespace")
     for directory, size in scratch.items():
         mount(directory, NO_SUID | NO_DEV | NO_EXEC, f"size={size},nr_inodes=16384,mode=0700")
 
@@ -93,8 +109,7 @@ def forgo_capabilities() -> None:
 
 def drop_capabilities() -> None:
     """None is left."""
-    header = struct.pack("=Ii", CAPABILITY_VERSION_3, 0)
-    checked(libc.capset(header, bytes(24)), "dropping capabilities")
+    checked(libc.capset(*NO_CAPABILITIES), "dropping capabilities")
 
 
 def landlock_abi() -> int:
@@ -102,48 +117,73 @@ def landlock_abi() -> int:
     return max(0, libc.syscall(LANDLOCK_CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(LANDLOCK_VERSION)))
 
 
-def restrict_files(abi: int, writable: Mapping[str, int]) -> None:
-    """Landlock: reading anywhere in sight, writing beneath `writable` only; no TCP, no signals to the outside."""
+@dataclass(frozen=True)
+class Landlock:
+    """Reading anywhere in sight, writing beneath some directories only; no TCP, no signals to the outside."""
+
+    attributes: bytes  # struct landlock_ruleset_attr
+    rights: dict[str, bytes]  # path -> what is allowed beneath it
+
+
+def landlock(abi: int, writable: Mapping[str, int]) -> Landlock:
     everything = FS_ALL[max(first for first in FS_ALL if first <= abi)]
     tcp = 3 if abi >= 4 else 0  # bind, connect
     scopes = 3 if abi >= 6 else 0  # abstract sockets, signals
     attributes = struct.pack("=QQQ", everything, tcp, scopes)[: 8 if abi < 4 else 16 if abi < 6 else 24]
-    size = ctypes.c_size_t(len(attributes))
-    ruleset = checked(libc.syscall(LANDLOCK_CREATE, attributes, size, ctypes.c_uint(0)), "a Landlock ruleset")
     read = FS_EXECUTE | FS_READ_FILE | FS_READ_DIR
     rights = {"/": read, "/dev/null": FS_READ_FILE | FS_WRITE_FILE, **dict.fromkeys(writable, everything)}
-    for path, allowed in rights.items():
+    return Landlock(attributes, {path: struct.pack("=Q", allowed) for path, allowed in rights.items()})
+
+
+def restrict_files(rules: Landlock) -> None:
+    size = ctypes.c_size_t(len(rules.attributes))
+    ruleset = checked(libc.syscall(LANDLOCK_CREATE, rules.attributes, size, ctypes.c_uint(0)), "a Landlock ruleset")
+    for path, allowed in rules.rights.items():
         beneath = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        rule = struct.pack("=Qi", allowed, beneath)
+        rule = allowed + beneath.to_bytes(4, sys.byteorder)
         checked(libc.syscall(LANDLOCK_ADD, ruleset, LANDLOCK_PATH_BENEATH, rule, 0), f"a Landlock rule for {path}")
         os.close(beneath)
     checked(libc.syscall(LANDLOCK_RESTRICT, ruleset, 0), "Landlock")
     os.close(ruleset)
 
 
-def restrict_syscalls(program: bytes) -> None:
-    """Seccomp with a BPF program: an array of `struct sock_filter`, 8 bytes each."""
-
-    class Program(ctypes.Structure):
-        _fields_ = (("length", ctypes.c_ushort), ("filters", ctypes.c_char_p))
-
-    bpf = Program(len(program) // 8, program)
-    checked(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(bpf)), "seccomp")
+def syscall_filter(program: bytes) -> Filter:
+    """Of a BPF program: an array of `struct sock_filter`, 8 bytes each."""
+    return Filter(len(program) // 8, program)
 
 
-def limit_resources(*, baseline_bytes: int, memory_mb: int, cpu_s: int, file_bytes: int, threads: int) -> None:
-    """Lower this process's limits; memory counts on top of what the warmed interpreter already maps."""
+def restrict_syscalls(allowed: Filter) -> None:
+    """By seccomp."""
+    checked(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(allowed)), "seccomp")
+
+
+def limit_for_good(file_bytes: int) -> None:
+    """The limits that every child has alike and the zygote can live with."""
+    lower(
+        {
+            resource.RLIMIT_FSIZE: (file_bytes, file_bytes),
+            resource.RLIMIT_CORE: (1, 1),  # 0 would not stop a core_pattern that is a pipe: core(5)
+            resource.RLIMIT_MSGQUEUE: (0, 0),
+            resource.RLIMIT_MEMLOCK: (0, 0),
+        }
+    )
+
+
+def limit_resources(*, baseline_bytes: int, memory_mb: int, cpu_s: int, threads: int) -> None:
+    """A child's own; memory counts on top of what the warmed interpreter already maps."""
     memory = baseline_bytes + (memory_mb << 20)
-    limits: dict[int, tuple[int, int]] = {
-        resource.RLIMIT_AS: (memory, memory + LAST_WORDS_BYTES),
-        resource.RLIMIT_CPU: (cpu_s, cpu_s + 1),
-        resource.RLIMIT_FSIZE: (file_bytes, file_bytes),
-        resource.RLIMIT_NPROC: (threads, threads),  # the kernel exempts root, hence the zygote counts as well
-        resource.RLIMIT_NOFILE: (MAX_OPEN_FILES, MAX_OPEN_FILES),
-        resource.RLIMIT_CORE: (1, 1),  # 0 would not stop a core_pattern that is a pipe: core(5)
-        resource.RLIMIT_MSGQUEUE: (0, 0),
-        resource.RLIMIT_MEMLOCK: (0, 0),
-    }
+    lower(
+        {
+            resource.RLIMIT_AS: (memory, memory + LAST_WORDS_BYTES),
+            resource.RLIMIT_CPU: (cpu_s, cpu_s + 1),
+            resource.RLIMIT_NPROC: (threads, threads),  # the kernel exempts root, hence the zygote counts as well
+            resource.RLIMIT_NOFILE: (MAX_OPEN_FILES, MAX_OPEN_FILES),
+        }
+    )
+
+
+def lower(limits: dict[int, tuple[int, int]]) -> None:
+    """Each to (soft, hard), or less where it is less already."""
     for which, (soft, hard) in limits.items():
         ceiling = resource.getrlimit(which)[1]
         if ceiling != resource.RLIM_INFINITY:
@@ -157,14 +197,3 @@ def first_to_go() -> None:
         fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
         os.write(fd, b"1000")
         os.close(fd)
-
-
-def use_huge_pages() -> None:
-    """This process's heap in huge pages where the kernel can (6.1 and later): a fork then copies far less."""
-    with open("/proc/self/maps") as file:
-        maps = [line.split() for line in file]
-    for addresses, access, *rest in maps:
-        if access == "rw-p" and (len(rest) == 3 or rest[3] == "[heap]"):
-            first, last = (int(address, 16) for address in addresses.split("-"))
-            for start in range(-(-first // HUGE_PAGE) * HUGE_PAGE, last - HUGE_PAGE + 1, HUGE_PAGE):
-                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(HUGE_PAGE), MADV_COLLAPSE)

@@ -26,18 +26,22 @@ FILE = "<code>"  # the program's file name in its tracebacks
 MOST_FETCHED = 8 << 20  # bytes of the files that a program leaves for its caller
 
 
+def become_main() -> None:
+    """The module in which programs run, empty."""
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    sys.argv = [""]
+
+
 def live(requests: int, reports: int, limit: Callable[[dict[str, Any]], None]) -> None:
     """Run what comes until nothing does; `limit` is called with the first request. Never returns."""
     code = 70
     try:
-        main = types.ModuleType("__main__")
-        sys.modules["__main__"] = main
-        sys.argv = [""]
+        namespace = vars(sys.modules["__main__"])
         request = channel.receive(requests)
         if request is not None:
             limit(request)
         while request is not None:
-            code, report = run(request, vars(main))
+            code, report = run(request, namespace)
             channel.send(reports, report)
             request = channel.receive(requests) if request["session"] else None
     except BaseException:  # a copy of the zygote must end here, not go on in the zygote's loop

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import base64
 import contextlib
-import fcntl
 import gc
 import importlib
 import io
@@ -28,11 +27,10 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from otcrl.tools.sandbox.inside import channel, confine, program
+from otcrl.tools.sandbox.inside import channel, confine, heap, program
 from otcrl.tools.sandbox.inside.proc import Proc
 from otcrl.tools.sandbox.inside.streams import Capture, Report
 
@@ -40,9 +38,30 @@ SAMPLE_S = 0.02  # how often a running call's threads and memory are counted
 SPARES = 4  # children that wait for a program
 # the two ways in which CPython says so
 OUT_OF_MEMORY = ("MemoryError", "SystemError: <built-in function compile> returned NULL")
+FIRST_FREE = 5  # a child's descriptors: 0 to 2, programs, reports
 SESSION_CPU_S = 86400  # of all its calls; each has its own time limit
 PAUSE_S = 1.0  # for a session to come to rest
 GONE, STOPPED = {"Z", "X"}, {"T", "t"}
+
+
+class Pipes:
+    """Between the zygote and one child: programs go in, output and reports come out."""
+
+    def __init__(self) -> None:
+        (self.there, self.requests), (self.stdout, self.out) = os.pipe(), os.pipe()
+        (self.stderr, self.err), (self.reports, self.says) = os.pipe(), os.pipe()
+
+    def given(self) -> tuple[int, int, int, int]:
+        """The child's ends, as it numbers them from 1 on."""
+        return self.out, self.err, self.there, self.says
+
+    def kept(self) -> tuple[int, int, int, int]:
+        """The zygote's ends, in the order of `Child`; the others are closed."""
+        for fd in self.given():
+            os.close(fd)
+        for fd in (mine := (self.requests, self.stdout, self.stderr, self.reports)):
+            os.set_blocking(fd, False)
+        return mine
 
 
 @dataclass
@@ -72,11 +91,11 @@ class Child:
 class Zygote:
     isolated: bool
     scratch: dict[str, int]  # directory -> bytes
-    seccomp: bytes
+    seccomp: confine.Filter
+    landlock: confine.Landlock | None  # None: the kernel has none
     max_threads: int
     max_sessions: int
     max_output_bytes: int
-    landlock: int  # ABI; 0: the kernel has none
     proc: Proc
     spares: list[Child] = field(default_factory=list)  # of the next calls
     ended: list[Child] = field(default_factory=list)  # killed and not yet reaped
@@ -85,39 +104,47 @@ class Zygote:
 
     def __post_init__(self) -> None:
         self.null = os.open(os.devnull, os.O_RDWR)
+        while os.dup(self.null) < FIRST_FREE:
+            pass  # so that no pipe has a number that a child gives to another
         self.own_pids = os.open("self/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.proc.fd)
 
     # -- children ------------------------------------------------------------------------------------
 
-    def fork(self) -> Child:
-        """A child that is locked up and waits for its program."""
-        (there, requests), (stdout, out), (stderr, err), (reports, says) = (os.pipe() for _ in range(4))
-        self.mapped_bytes = self.proc.mapped("self")
-        directory = None if self.isolated else tempfile.mkdtemp(dir=next(iter(self.scratch)))
-        pid = confine.fork_alone(self.own_pids) if self.isolated else os.fork()
-        if pid == 0:
-            self.become_child([self.null, out, err, there, says], directory or next(iter(self.scratch)))
-        for fd in (there, out, err, says):
-            os.close(fd)
-        for fd in (requests, stdout, stderr, reports):
-            os.set_blocking(fd, False)
-        return Child(pid, os.pidfd_open(pid), requests, stdout, stderr, reports, directory)
+    def fork(self, count: int) -> list[Child]:
+        """Children that are locked up and wait for a program.
 
-    def become_child(self, pipes: list[int], directory: str) -> None:
+        After a fork this process pays for every page that it writes, hence all forks come one upon the other.
+        """
+        self.mapped_bytes = self.proc.mapped("self")
+        prepared = [Pipes() for _ in range(count)]
+        directories = [
+            next(iter(self.scratch)) if self.isolated else tempfile.mkdtemp(dir=next(iter(self.scratch)))
+            for _ in range(count)
+        ]
+        pids = []
+        for pipes, directory in zip(prepared, directories, strict=True):
+            pid = confine.fork_alone(self.own_pids) if self.isolated else confine.fork()
+            if pid == 0:
+                self.become_child(pipes, directory)
+            pids.append(pid)
+        return [
+            Child(pid, os.pidfd_open(pid), *pipes.kept(), None if self.isolated else directory)
+            for pid, pipes, directory in zip(pids, prepared, directories, strict=True)
+        ]
+
+    def become_child(self, pipes: Pipes, directory: str) -> None:
         """Never returns."""
         try:
             os.setsid()
-            high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 512) for fd in pipes]  # out of the way of their new numbers
-            for number, fd in enumerate(high):
+            for number, fd in enumerate((self.null, *pipes.given())):
                 os.dup2(fd, number)
             if self.isolated:
-                confine.private_files(self.scratch)
+                confine.private_namespaces(self.scratch)
                 confine.drop_capabilities()
                 if self.landlock:
-                    confine.restrict_files(self.landlock, self.scratch)
+                    confine.restrict_files(self.landlock)
             os.chdir(directory)
-            os.closerange(len(pipes), 65536)  # the zygote's own channel too
-            random.seed(0)  # same program, same output
+            os.closerange(FIRST_FREE, 65536)  # the zygote's own channel too
             gc.enable()
             if self.isolated:
                 confine.restrict_syscalls(self.seccomp)
@@ -131,7 +158,6 @@ class Zygote:
             baseline_bytes=self.mapped_bytes,
             memory_mb=request["memory_mb"],
             cpu_s=SESSION_CPU_S if request["session"] else math.ceil(request["timeout_s"]) + 1,
-            file_bytes=max(self.scratch.values()),
             threads=self.max_threads + 2 + self.max_sessions,  # the kernel counts all children together
         )
 
@@ -221,7 +247,7 @@ class Zygote:
             self.discard(child)
         while self.spares and self.spares[-1].is_dead():
             self.discard(self.spares.pop())
-        child = self.spares.pop() if self.spares else self.fork()
+        child = self.spares.pop() if self.spares else self.fork(1)[0]
         child.resident_bytes = self.proc.resident(child.pid)
         return child, True
 
@@ -236,17 +262,12 @@ class Zygote:
             poller.register(fd, select.POLLIN)
         return {fd for fd, _ in poller.poll()}
 
-    def tidy(self, is_awaited: Callable[[], bool]) -> None:
-        """What can be done while nobody waits: reap the last children, fork the next ones.
-
-        Several at a time: after a fork this process pays for every page that it writes, until it has written them all.
-        """
+    def tidy(self) -> None:
+        """What can be done while nobody waits: reap the last children, fork the next ones."""
         while self.ended and (self.ended[0].is_dead() or len(self.ended) > SPARES):
             self.discard(self.ended.pop(0))
         if not self.spares:
-            self.spares.append(self.fork())
-            while len(self.spares) < SPARES and not is_awaited():
-                self.spares.append(self.fork())
+            self.spares = self.fork(SPARES)
 
     def watch(self, child: Child, request: dict[str, Any], streams: dict[int, Capture | Report]) -> str:
         """Hand the program over and collect output until the child `reported` or, without a word, `exited`;
@@ -312,7 +333,7 @@ def last_line(text: str) -> str:
 
 
 def warm(config: dict[str, Any]) -> Zygote:
-    """The zygote, with everything loaded that its children are to share. Raises ImportError."""
+    """The zygote, with everything loaded that its children are to share. Raises ImportError, RuntimeError."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # pid 1 without a handler cannot be interrupted from inside
     sys.path.extend(config["paths"])
     assert isinstance(sys.stdout, io.TextIOWrapper)
@@ -320,18 +341,23 @@ def warm(config: dict[str, Any]) -> Zygote:
     site.setquit()  # `exit()` and `quit()`
     for name in config["preload"]:
         importlib.import_module(name)
+        if threading.active_count() > 1:
+            raise RuntimeError(f"cannot fork once {name!r} is loaded: it leaves a thread running")
+    random.seed(0)  # same program, same output
     if "numpy" in sys.modules:
-        importlib.import_module("numpy.random").seed(0)  # same program, same output
+        importlib.import_module("numpy.random").seed(0)
     if "sympy" in sys.modules:
         importlib.import_module("sympy").simplify("x + 1")  # fills the caches that every program needs
     atexit._clear()
+    program.become_main()
+    confine.limit_for_good(max(config["scratch"].values()))
     confine.first_to_go()
     confine.prctl(confine.PR_SET_CHILD_SUBREAPER, 1)
     confine.prctl(confine.PR_SET_DUMPABLE, 0)  # a child may not trace us, nor open our files through /proc
     gc.collect()
     gc.freeze()  # a child that collects would copy every page
     gc.disable()
-    confine.use_huge_pages()
+    heap.settle()
     if config["isolated"]:
         confine.protect_devices()
     proc = confine.cover_proc() if config["isolated"] else os.open("/proc", os.O_PATH | os.O_DIRECTORY)
@@ -341,11 +367,11 @@ def warm(config: dict[str, Any]) -> Zygote:
         proc=Proc(proc),
         isolated=config["isolated"],
         scratch=config["scratch"],
-        seccomp=base64.b64decode(config["seccomp"]),
+        seccomp=confine.syscall_filter(base64.b64decode(config["seccomp"])),
+        landlock=confine.landlock(abi, config["scratch"]) if (abi := confine.landlock_abi()) else None,
         max_threads=config["max_threads"],
         max_sessions=config["max_sessions"],
         max_output_bytes=config["max_output_bytes"],
-        landlock=confine.landlock_abi(),
     )
 
 
@@ -353,17 +379,15 @@ def main() -> None:
     config = json.loads(sys.argv[1])
     requests, replies = os.dup(0), os.dup(1)
     os.dup2(2, 1)  # what a preloaded module prints is no reply
-    assert threading.active_count() == 1
     try:
         zygote = warm(config)
-    except ImportError as error:
-        channel.send(replies, {"ready": False, "why": f"cannot import {error.name!r}: {error}"})
+    except (ImportError, RuntimeError) as error:
+        why = f"cannot import {error.name!r}: {error}" if isinstance(error, ImportError) else str(error)
+        channel.send(replies, {"ready": False, "why": why})
         return
     channel.send(replies, {"ready": True})
-    asked = select.poll()
-    asked.register(requests, select.POLLIN)
     while True:
-        zygote.tidy(is_awaited=lambda: bool(asked.poll(0)))
+        zygote.tidy()
         if requests not in zygote.wait(requests):
             continue  # to reap
         request = channel.receive(requests)
