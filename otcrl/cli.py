@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from otcrl.errors import ConfigError, OtcrlError, nearest
-from otcrl.presets import conf_dir, find_preset, options, presets
+from otcrl.presets import find_preset, options, presets
 
 if TYPE_CHECKING:
     from otcrl.compose import Config
@@ -177,20 +177,9 @@ def serve(settings: list[str], flags: frozenset[str]) -> int:
 
 
 def index(settings: list[str], flags: frozenset[str]) -> int:
-    """The encoder's settings are those of conf/tools/search.yaml, and the command line may change any of them."""
-    named, rest = take(settings, "corpus", "out", "encoder")
-    require("index", named, "corpus", "out")
-    from otcrl.compose import load, parse
-    from otcrl.construct import construct
-    from otcrl.tools.retrieval.corpus import Corpus
-    from otcrl.tools.retrieval.index import build_index
+    from otcrl.indexing import run
 
-    section = load(conf_dir() / "tools/search.yaml")["search"]["encoder"]
-    section |= {"model": named["encoder"]} if "encoder" in named else {}
-    section |= {override.key_or_group: override.value() for override in map(parse, rest)}
-    built = build_index(Corpus(named["corpus"].split(",")), construct(section, "encoder"), named["out"])
-    print(f"otcrl: {len(built.passages)} passages in {named['out']}")
-    return 0
+    return run(settings)
 
 
 def models(settings: list[str], flags: frozenset[str]) -> int:
@@ -248,8 +237,10 @@ COMMANDS = {
     ),
     "serve": Command(
         "serve a tool over HTTP, for trainers on other machines",
-        "python [host=127.0.0.1] [port=8080] [token=...] [workers=N] [queue=256] [key=value ...]",
+        "python|retrieval [host=127.0.0.1] [port=8080] [token=...] [queue=N] [key=value ...]",
         (
+            "otcrl serve retrieval index=indexes/wiki",
+            "otcrl serve retrieval index=indexes/e5 host=0.0.0.0 port=8000 device=cuda",
             "otcrl serve python",
             "OTCRL_TOKEN=... otcrl serve python host=0.0.0.0 workers=32 preload=[numpy,scipy,sympy] memory_mb=1024",
         ),
@@ -258,12 +249,19 @@ COMMANDS = {
         lists_presets=False,
     ),
     "index": Command(
-        "build a search index from a corpus",
-        "corpus=FILE[,FILE] out=DIR [encoder=all-MiniLM-L6-v2] [key=value ...]",
+        "build a search index from a corpus; look into one",
+        "build corpus=FILE[,FILE]|HUB_NAME out=DIR [encoder=minilm] [kind=flat] [key=value ...]\n"
+        "  otcrl index info|check DIR\n"
+        "  otcrl index eval index=DIR[,DIR] questions=FILE[,FILE] [k=[1,3,10]]\n"
+        "  otcrl index import vectors=FAISS_FILE corpus=FILE out=DIR encoder=NAME",
         (
-            "otcrl index corpus=wiki.jsonl out=indexes/wiki",
-            "otcrl index corpus=wiki.jsonl.gz out=indexes/e5 encoder=intfloat/e5-base-v2 "
-            "\"query_prefix='query: '\" \"passage_prefix='passage: '\" device=cuda",
+            "otcrl index build corpus=wiki.jsonl.gz out=indexes/wiki                 # exact, MiniLM",
+            "otcrl index build corpus=wiki.parquet out=indexes/e5 encoder=e5-base-v2 kind=hnsw storage=float16",
+            "otcrl index build corpus=wiki.jsonl out=indexes/words kind=bm25",
+            "otcrl index build corpus=wiki.jsonl out=indexes/both kind=hybrid dense=ivf target_recall=0.98",
+            "otcrl index build base=indexes/wiki out=indexes/small kind=ivfpq        # the same vectors, smaller",
+            "otcrl index build corpus=wiki.jsonl out=indexes/wiki-0 shard=0/4        # a quarter of it",
+            "otcrl index import vectors=e5_Flat.index corpus=wiki-18.jsonl out=indexes/wiki18 encoder=e5-base-v2",
         ),
         index,
         {},

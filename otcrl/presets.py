@@ -8,6 +8,7 @@ from pathlib import Path
 from otcrl.errors import ConfigError, nearest
 
 SUFFIXES = (".yaml", ".yml")
+NO_SECTIONS = ("experiment", "encoder")  # presets of whole runs, and of a part that several sections have
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ def options(group: str, root: Path | None = None) -> list[str]:
 
 def groups() -> list[str]:
     """Sections that are chosen by name: algo, reward, task, ..."""
-    return sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and path.name != "experiment")
+    return sorted(path.name for path in conf_dir().iterdir() if path.is_dir() and path.name not in NO_SECTIONS)
 
 
 def presets() -> list[Preset]:

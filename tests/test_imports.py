@@ -21,23 +21,25 @@ LAYERS = (
     ("algos", "rewards", "rollout", "tools", "tasks", "dialects", "models"),
     ("learner",),
     ("train", "sft", "evaluate", "experiment", "plan", "report"),
-    ("build", "serve"),
+    ("build", "serve", "indexing"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
+SERVERS = ("tools/http.py", "tools/sandbox/server.py", "tools/retrieval/server.py")
 DOORS = {  # only these files import it
     "vllm": ("rollout/vllm_engine.py",),
     "deepspeed": ("learner/deepspeed_backend.py",),
     "hydra": ("compose.py", "build.py", "cli.py"),
     "omegaconf": ("compose.py", "build.py", "cli.py"),
     "faiss": ("tools/retrieval/",),
+    "bm25s": ("tools/retrieval/lexical.py",),
     "wandb": ("loggers/wandb.py",),
-    "pydantic": ("construct.py", "tools/sandbox/server.py"),
-    "fastapi": ("tools/sandbox/server.py",),
+    "pydantic": ("construct.py", *SERVERS),
+    "fastapi": SERVERS,
     "httpx": ("tools/remote.py",),
 }
-LAZY = {"torch", "transformers", "vllm", "deepspeed", "faiss", "datasets", "wandb", "gguf", "math_verify"}
+LAZY = {"torch", "transformers", "vllm", "deepspeed", "faiss", "bm25s", "datasets", "wandb", "gguf", "math_verify"}
 
 
 def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:

@@ -99,7 +99,7 @@ def test_no_call_is_lost_when_a_queue_is_full():
 
 @needs_bubblewrap
 def test_no_call_is_lost_when_one_of_two_servers_is_killed():
-    with process() as (one, victim), process() as (other, _):
+    with process("python") as (one, victim), process("python") as (other, _):
 
         async def use(pool: RemotePool) -> list[Execution]:
             calls = [pool.run(program(f"import time; time.sleep(0.2); {i}")) for i in range(12)]
@@ -153,7 +153,7 @@ def test_two_pools_never_share_a_session():
 
 @needs_bubblewrap
 def test_a_session_whose_server_is_gone_starts_afresh_elsewhere():
-    with process() as (one, victim), serving() as other:
+    with process("python") as (one, victim), serving() as other:
 
         async def use(pool: RemotePool) -> None:
             sessions = [f"{i}" for i in range(6)]

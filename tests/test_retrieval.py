@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otcrl.errors import ConfigError, DataError
+from otcrl.tools.retrieval.build import build_index, build_or_open, memory_index
 from otcrl.tools.retrieval.corpus import Corpus, Passage
 from otcrl.tools.retrieval.encode import HashingEncoder, TransformerEncoder, Vectors
-from otcrl.tools.retrieval.index import build_index, build_or_open, memory_index, open_index
+from otcrl.tools.retrieval.index import open_index
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CAPITALS = [
@@ -170,7 +171,7 @@ def test_an_index_of_another_corpus_is_neither_used_nor_overwritten(tmp_path: Pa
     ("file", "content", "complaint"),
     [
         ("index.faiss", b"nonsense", "damaged"),
-        ("manifest.json", b"{}", "expected the fields encoder, dimension"),
+        ("manifest.json", b"{}", "expected the fields format, kind, encoder"),
         ("manifest.json", None, "no index directory"),
         ("offsets.npy", None, "damaged"),
     ],
@@ -190,10 +191,12 @@ class Broken(HashingEncoder):
         raise RuntimeError("out of memory")
 
 
-def test_a_build_that_fails_leaves_nothing(tmp_path: Path):
+def test_a_build_that_fails_leaves_no_index_and_the_next_one_succeeds(tmp_path: Path):
     with pytest.raises(RuntimeError, match="out of memory"):
         build_index(CAPITALS, Broken(), tmp_path / "index")
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "index").exists()
+    assert build_index(CAPITALS, HashingEncoder(), tmp_path / "index").rows == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
 # -- the real thing -----------------------------------------------------------------------------------

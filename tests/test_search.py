@@ -61,6 +61,78 @@ def test_long_passages_are_cut():
     assert ask(tool, "Rome")[0].text == "Rome is the ..."
 
 
+@pytest.mark.parametrize(
+    ("max_chars", "shown"),
+    [
+        (0, "Rome is the capital of Italy.\nParis is the capital of France."),
+        (61, "Rome is the capital of Italy.\nParis is the capital of France."),
+        (60, "Rome is the capital of Italy."),  # whole passages only
+        (29, "Rome is the capital of Italy."),
+        (28, "Rome is the capital of I ..."),  # but never none
+        (5, "R ..."),
+    ],
+)
+def test_what_is_shown_ends_with_a_passage(max_chars: int, shown: str):
+    tool = SearchTool(encoder=HashingEncoder(), passages=CAPITALS, topk=2, template="{text}\n", max_chars=max_chars)
+    assert ask(tool, "Italy")[0].text == shown
+
+
+def test_several_queries_are_shown_in_order_and_no_passage_twice():
+    tool = SearchTool(encoder=HashingEncoder(), passages=CAPITALS, topk=1, template="{i} {text}\n", separator="\n")
+    [result] = ask(tool, "Italy\n\n  and   France\nRome\n")
+    assert result.text == (
+        "Query: Italy\n1 Rome is the capital of Italy.\n"
+        "Query: and France\n1 Paris is the capital of France.\n"
+        "Query: Rome\nNo other passage was found."
+    )
+
+
+def test_several_queries_share_the_characters_in_order():
+    tool = SearchTool(
+        encoder=HashingEncoder(), passages=CAPITALS, topk=2, template="{text}\n", separator=";", max_chars=60
+    )
+    assert ask(tool, "Italy; France")[0].text == "Query: Italy\nRome is the capital of Italy."
+
+
+@pytest.mark.parametrize("separator", [None, ";", "\n"])
+def test_one_query_is_shown_alike_with_and_without_a_separator(separator: str | None):
+    tool = SearchTool(encoder=HashingEncoder(), passages=CAPITALS, separator=separator)
+    assert ask(tool, " capital of Italy\n") == ask(
+        SearchTool(encoder=HashingEncoder(), passages=CAPITALS), "capital of Italy"
+    )
+
+
+def test_several_queries_are_remembered_one_by_one():
+    encoder = Recorder()
+    tool = SearchTool(encoder=encoder, passages=CAPITALS, separator=";")
+    assert [ask(tool, text)[0].cached for text in ("Rome", "Rome; Paris", "Paris; Rome")] == [False, False, True]
+    assert encoder.batches == [["Rome"], ["Paris"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (" ; ", "The query is empty. Write what to search for."),
+        ("a;b;c;d", "There are 4 queries, at most 3 are allowed. Write fewer."),
+        ("a;" + "x" * 21, "The query has 21 characters, at most 20 are allowed. Make it shorter."),
+    ],
+)
+def test_bad_queries_are_the_policys_error(arguments: str, why: str):
+    tool = SearchTool(encoder=HashingEncoder(), passages=CAPITALS, separator=";", max_queries=3, max_query_chars=20)
+    assert ask(tool, arguments) == [ToolResult(why, Outcome.MODEL_ERROR)]
+
+
+def test_a_trajectorys_searches_have_a_time_of_their_own():
+    async def use(tool: SearchTool) -> None:
+        for query in ("Rome", "Paris"):
+            with pytest.raises(ToolUnavailable, match=r"the trajectory's searches took all of .*=0\.2"):
+                await tool.run(query, "slow")
+        await tool.release("slow")
+        assert "Rome" in (await tool.run("Rome")).text  # nobody's trajectory
+
+    asyncio.run(use(SearchTool(encoder=Recorder(seconds=0.5), passages=CAPITALS, trajectory_timeout_s=0.2)))
+
+
 @pytest.mark.parametrize(("query", "why"), [(" \n", "empty"), ("x" * 21, "21 characters, at most 20")])
 def test_a_bad_query_is_the_policys_error(query: str, why: str):
     encoder = Recorder()
@@ -152,6 +224,7 @@ def test_files_and_an_index_directory_serve_alike(tmp_path: Path):
         SearchTool(encoder=HashingEncoder(), corpus=[str(corpus)], index=index),  # built here
         SearchTool(encoder=HashingEncoder(), corpus=[str(corpus)], index=index),  # opened here
         SearchTool(encoder=HashingEncoder(), index=index),
+        SearchTool(index=index),  # which says what it was built with
         SearchTool(encoder=HashingEncoder(), passages=CAPITALS),
     ]
     assert len({ask(tool, "capital of Italy")[0].text for tool in tools}) == 1
@@ -172,10 +245,17 @@ def test_a_bad_corpus_is_a_data_error_not_an_outage(tmp_path: Path):
         ({"passages": CAPITALS, "corpus": [__file__]}, "exclude each other"),
         ({"passages": CAPITALS, "topk": 0}, "topk must be above 0, got 0"),
         ({"passages": CAPITALS, "cache_size": -1}, "cache_size must be 0 or more, got -1"),
+        ({"passages": CAPITALS, "max_chars": 4}, "max_chars must be 0 or above 4, got 4"),
+        ({"passages": CAPITALS, "separator": ""}, "separator must be null or at least one character"),
+        ({"passages": CAPITALS, "max_queries": 0}, "max_queries must be above 0, got 0"),
         ({"passages": CAPITALS, "template": "{body}"}, r"template may use \{i\}, \{title\} and \{text\}"),
     ],
-    ids=["nothing", "no such file", "two sources", "topk", "cache_size", "template"],
 )
 def test_a_config_that_cannot_work_is_refused_at_once(fields: dict, complaint: str):
     with pytest.raises(ConfigError, match=complaint):
         SearchTool(encoder=HashingEncoder(), **fields)
+
+
+def test_passages_without_an_encoder_are_refused_at_once():
+    with pytest.raises(ConfigError, match="encoder is null, and without an index or urls nothing says"):
+        SearchTool(passages=CAPITALS)

@@ -9,15 +9,17 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
 from otcrl.errors import ConfigError
-from otcrl.serve import serve
-from otcrl.tools.sandbox.server import MAX_BODY_BYTES
+from otcrl.serve import Address, serve
+from otcrl.tools.http import MAX_BODY_BYTES
+from tests.test_retrieval_load import build, replace
+from tests.test_retrieval_server import is_warm
 from tests.test_sandbox import has_bubblewrap
 from tests.test_sandbox_server import post, serving
 
@@ -28,9 +30,9 @@ SERVE = "import sys; from otcrl.serve import serve; sys.exit(serve(sys.argv[1:])
 
 
 @contextmanager
-def process(*settings: str, token: str = "") -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def process(*words: str, token: str = "") -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address of a server in a process of its own, and the process."""
-    command = [sys.executable, "-c", SERVE, "python", "workers=1", "port=0", *settings]
+    command = [sys.executable, "-c", SERVE, *words, "port=0"]
     environment = os.environ | {"OTCRL_TOKEN": token}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as started:
         try:
@@ -105,7 +107,7 @@ def test_metrics_count_outcomes_and_show_who_waits():
 
 @needs_bubblewrap
 def test_on_sigterm_what_runs_and_waits_is_finished_and_the_exit_code_is_0():
-    with process() as (url, server), ThreadPoolExecutor(2) as threads:
+    with process("python", "workers=1") as (url, server), ThreadPoolExecutor(2) as threads:
         calls = [threads.submit(post, url, "import time; time.sleep(1); print('done')") for _ in range(2)]
         while httpx.get(f"{url}/health").json()["queued"] < 1:
             time.sleep(0.02)
@@ -119,14 +121,93 @@ def test_on_sigterm_what_runs_and_waits_is_finished_and_the_exit_code_is_0():
 
 @needs_bubblewrap
 def test_the_token_may_come_from_the_environment():
-    with process(token="s3cret") as (url, _):
+    with process("python", "workers=1", token="s3cret") as (url, _):
         assert post(url).status_code == 401
+
+
+# -- retrieval ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    build(tmp_path / "index", "a")
+    return tmp_path / "index"
+
+
+@contextmanager
+def retrieval(index: Path, *words: str, token: str = "") -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The address of a warm server, and its process."""
+    with process("retrieval", f"index={index}", *words, token=token) as (url, server):
+        while not is_warm(url):
+            assert server.poll() is None
+            time.sleep(0.02)
+        yield url, server
+
+
+def ids(url: str) -> list[str]:
+    [documents] = httpx.post(f"{url}/retrieve", json={"queries": ["Rome"]}).json()["result"]
+    return [document["id"] for document in documents]
+
+
+def test_retrieval_is_served_from_an_index_directory(index: Path, capfd: pytest.CaptureFixture[str]):
+    with retrieval(index, "host=0.0.0.0", "topk=2") as (url, server):
+        assert ids(url.replace("0.0.0.0", "127.0.0.1"))[0] == "a1"
+        assert len(ids(url.replace("0.0.0.0", "127.0.0.1"))) == 2
+        assert server.stdout is not None
+        assert re.match(r"otcrl: ready: 4 passages \(flat, hashing-4096.*\), index \w+\n", server.stdout.readline())
+    assert "warning: host=0.0.0.0 without a token" in capfd.readouterr().err
+
+
+def test_retrievals_token_may_come_from_the_environment(index: Path):
+    with retrieval(index, token="s3cret") as (url, _):
+        assert httpx.post(f"{url}/retrieve", json={"queries": ["Rome"]}).status_code == 401
+
+
+def test_on_sigterm_what_is_searched_and_waits_is_answered_and_the_exit_code_is_0(index: Path):
+    with retrieval(index, "max_batch=20") as (url, server), ThreadPoolExecutor(2) as threads:
+        queries = [f"{i} {'Rome is a town and Oslo too ' * 50}" for i in range(400)]
+        calls = [threads.submit(httpx.post, f"{url}/retrieve", json={"queries": queries}, timeout=60) for _ in range(2)]
+        while not httpx.get(f"{url}/health").json()["queued"]:
+            assert not any(call.done() for call in calls)
+        server.send_signal(signal.SIGTERM)
+        assert not any(call.done() for call in calls)
+        assert [len(call.result().json()["result"]) for call in calls] == [400, 400]
+        assert server.wait(10) == 0
+
+
+def test_on_sighup_the_index_is_opened_anew(index: Path, capfd: pytest.CaptureFixture[str]):
+    build(index.with_name("next"), "b")
+    with retrieval(index) as (url, server):
+        assert ids(url)[0] == "a1"
+        replace(index, index.with_name("next"))
+        server.send_signal(signal.SIGHUP)
+        while ids(url)[0] != "b1":
+            assert server.poll() is None
+        (index / "manifest.json").unlink()
+        server.send_signal(signal.SIGHUP)
+        while "not reloaded, the index goes on: " not in (told := capfd.readouterr().err):
+            assert ids(url)[0] == "b1"
+        assert "manifest.json cannot be read" in told
+        assert ids(url)[0] == "b1"
+
+
+def test_an_index_that_cannot_be_opened_ends_the_server(index: Path):
+    (index / "index.faiss").write_bytes(b"")
+    command = [sys.executable, "-m", "otcrl.cli", "serve", "retrieval", f"index={index}", "port=0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "is damaged: index.faiss" in done.stderr
+
+
+# -- what cannot be served ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("words", "why"),
     [
         (["pyton"], "otcrl serve has no tool 'pyton'. Did you mean 'python'?"),
+        (["retrival"], "otcrl serve has no tool 'retrival'. Did you mean 'retrieval'?"),
+        ([], "otcrl serve has no tool ''. Choose from: python, retrieval."),
         (["python", "prot=1"], "serve python.prot is not a setting of PythonServer. Did you mean 'port'?"),
         (["python", "port=x"], "serve python.port must be int, got 'x'"),
         (["python", "queue=-1"], "serve python: queue must be 0 or more, got -1"),
@@ -135,6 +216,19 @@ def test_the_token_may_come_from_the_environment():
         (["python", "bwrap=/none", "port=0"], "isolation: bubblewrap needs the program '/none'"),
         (["python", "isolation=chroot", "port=0"], "isolation must be bubblewrap or none, got 'chroot'"),
         (["python", "bwrap=/bin/false", "port=0"], "the Python sandbox does not start: the sandbox ended"),
+        (["retrieval"], "serve retrieval.index is missing; RetrievalServer needs it"),
+        (["retrieval", "index=/none", "port=0"], "index: /none is no index directory"),
+        (
+            ["retrieval", "index=.", "tokn=x"],
+            "serve retrieval.tokn is not a setting of RetrievalServer. Did you mean 't",
+        ),
+        (["retrieval", "index=.", "topk=0"], "serve retrieval: topk must be 1 or more, got 0"),
+        (["retrieval", "index=.", "topk=101"], "serve retrieval: max_topk must be at least topk, 101"),
+        (["retrieval", "index=.", "deadline_s=0"], "serve retrieval: deadline_s must be above 0, got 0"),
+        (
+            ["retrieval", "index=.", "queue=100"],
+            "serve retrieval: queue=100 has no room for a request of max_queries=4",
+        ),
         *(
             (["python", f"host={host}", "port=0", "bwrap=/none"], f"host={host} lets other machines")
             for host in ("0.0.0.0", "::", "a.b", "")
@@ -150,3 +244,10 @@ def test_a_port_in_use_is_a_config_error():
     why = r"cannot listen on host=127\.0\.0\.1 port=.* in use"
     with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ConfigError, match=why):
         serve(["python", f"port={other.getsockname()[1]}"])
+
+
+def test_an_answers_second_write_does_not_wait_for_the_first_to_be_acknowledged():
+    with closing(Address(port=0).listen()) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

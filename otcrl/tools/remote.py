@@ -89,7 +89,7 @@ class Servers:
         self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncClient] = WeakKeyDictionary()
 
     async def request(
-        self, method: str, path: str, body: object = None, *, is_failure: Callable[[Response], bool] = never
+        self, method: str, path: str, body: object = None, *, is_failure: Callable[[Response], bool | str] = never
     ) -> Response:
         """The first answer that is no infrastructure error, from whichever server.
 
@@ -131,9 +131,9 @@ class Servers:
         *,
         deadline: float,
         timeout_s: float | None = None,
-        is_failure: Callable[[Response], bool] = never,
+        is_failure: Callable[[Response], bool | str] = never,
     ) -> Response:
-        """One attempt at one server. Raises ServerBusy or ServerLost."""
+        """One attempt at one server; `is_failure` may say why. Raises ServerBusy or ServerLost."""
         import httpx
 
         server, left = self._servers[url], max(0.001, deadline - time.monotonic())
@@ -145,14 +145,16 @@ class Servers:
             except httpx.PoolTimeout:
                 server.last_failure = f"more than {self._connections} requests at a time"
                 raise ServerBusy from None
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 raise self._lost(server, f"{type(error).__name__} {error}".strip()) from error
         if response.status_code == 429:
             server.failures, server.last_failure = 0, "it is busy (HTTP 429)"
             server.not_before = time.monotonic() + retry_after(response)
             raise ServerBusy
-        if response.status_code in DOWN or is_failure(response):
-            raise self._lost(server, f"HTTP {response.status_code} {response.text[:200]}")
+        if why := response.status_code in DOWN or is_failure(response):
+            raise self._lost(
+                server, why if isinstance(why, str) else f"HTTP {response.status_code} {response.text[:200]}"
+            )
         server.failures = 0
         return response
 

@@ -6,12 +6,17 @@ Two kinds of row are read: `{id, title, text}`, and Search-R1's `{id, contents}`
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from otcrl.errors import DataError
 from otcrl.jsonlines import read_json_lines
+
+if TYPE_CHECKING:
+    import pyarrow
 
 EXPECTED = '{"id", "title", "text"} or {"id", "contents"}'
 
@@ -35,7 +40,7 @@ class Corpus:
     paths: Sequence[str]
 
     def __iter__(self) -> Iterator[Passage]:
-        """Raises DataError naming file and line."""
+        """Raises DataError naming file and line, or row."""
         empty = True
         for path in self.paths:
             for passage in read_passages(path):
@@ -46,9 +51,75 @@ class Corpus:
 
 
 def read_passages(path: str | Path) -> Iterator[Passage]:
-    """The passages of one file; blank lines are skipped. Raises DataError naming the line."""
-    for where, row in read_json_lines(path):
+    """The passages of one file, or of a data set on the Hugging Face hub; blank lines are skipped.
+
+    Raises DataError naming the line or row.
+    """
+    for where, row in read_rows(str(path)):
         yield parse_passage(row, where)
+
+
+def read_rows(path: str) -> Iterator[tuple[str, object]]:
+    """(where it is, the row) of .jsonl, .jsonl.gz, .parquet, .arrow and .feather files, else of a hub data set."""
+    if path.endswith((".parquet", ".arrow", ".feather")):
+        yield from table_rows(path)
+    elif Path(path).is_file() or not is_hub_name(path):
+        yield from read_json_lines(path)
+    else:
+        yield from hub_rows(path)
+
+
+def is_hub_name(path: str) -> bool:
+    """`owner/name`, with no file's ending."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and "." not in path.rpartition("/")[2]
+
+
+def table_rows(path: str) -> Iterator[tuple[str, object]]:
+    import pyarrow
+    import pyarrow.dataset
+    import pyarrow.ipc
+
+    number = 0
+    try:
+        for batch in arrow_batches(path):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is no whole {Path(path).suffix[1:]} file, read up to row {number}: {error}") from error
+
+
+def arrow_batches(path: str) -> Iterator[pyarrow.RecordBatch]:
+    """One after the other; Arrow files come as files and as streams, which is what `datasets` writes."""
+    import pyarrow
+    import pyarrow.dataset
+    import pyarrow.ipc
+
+    if path.endswith(".arrow"):
+        with pyarrow.memory_map(path) as source:
+            stream = None
+            with contextlib.suppress(pyarrow.ArrowInvalid):
+                stream = pyarrow.ipc.open_stream(source)
+            if stream is not None:
+                yield from stream
+                return
+    suffix = "parquet" if path.endswith(".parquet") else "feather"
+    yield from pyarrow.dataset.dataset(path, format=suffix).to_batches(batch_size=1024)
+
+
+def hub_rows(name: str) -> Iterator[tuple[str, object]]:
+    """The `train` split, streamed."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        rows = datasets.load_dataset(name, split="train", streaming=True)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataError(f"{name} is no file, and no data set on the hub that can be read: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}, row {number}", row
 
 
 def parse_passage(row: object, where: str) -> Passage:

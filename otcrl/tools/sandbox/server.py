@@ -9,34 +9,26 @@ last four fields of a `run_result`; tokens, 413, 429, /session, /health and /met
 from __future__ import annotations
 
 import base64
-import json
-import math
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from hmac import compare_digest
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from fastapi import FastAPI
 from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field, model_validator
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from otcrl.errors import OtcrlError
+from otcrl.tools import http
+from otcrl.tools.http import Line, Meters, refusals, wrong_field
 from otcrl.tools.sandbox.client import with_reason
 from otcrl.tools.sandbox.inside.channel import encodable
 from otcrl.tools.sandbox.pool import Execution, Pool, Program, State
 
 Status = Literal["Finished", "Error", "TimeLimitExceeded"]
 STATUS: dict[State, Status] = {State.TIMEOUT: "TimeLimitExceeded", State.KILLED: "Error"}
-MAX_BODY_BYTES = 32 << 20
-TOO_LARGE = f"the body must not exceed {MAX_BODY_BYTES >> 20} MiB"
-MAX_RETRY_AFTER_S = 60
-BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)  # seconds
 
 
 # -- what travels -----------------------------------------------------------------------------------
@@ -99,14 +91,6 @@ class RunResponse(BaseModel):
     files: dict[str, str] = {}
 
 
-class Refusal(BaseModel):
-    detail: str
-
-
-def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": Refusal} for status in statuses}
-
-
 def run_response(done: Execution, fetch: list[str]) -> RunResponse:
     """`encodable`, because what a program says about itself may be anything."""
     code = -done.code if done.state is State.SIGNAL else done.code
@@ -125,88 +109,6 @@ def run_response(done: Execution, fetch: list[str]) -> RunResponse:
         return RunResponse(status="SandboxError", message=result.stderr, run_result=result)
     files = {name: encodable(done.files[name]) for name in fetch if name in done.files}
     return RunResponse(status="Success" if done.state is State.OK else "Failed", run_result=result, files=files)
-
-
-# -- who may come in --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Door:
-    """ASGI middleware: no token, no entry; and no body is read past the limit. /health is open."""
-
-    app: ASGIApp
-    token: str | None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers, read = dict(scope.get("headers", ())), 0
-
-        async def limited() -> Message:
-            nonlocal read
-            message = await receive()
-            read += len(message.get("body", b""))
-            if read > MAX_BODY_BYTES:
-                raise HTTPException(413, TOO_LARGE)
-            return message
-
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-        elif scope["path"] != "/health" and not self.admits(headers.get(b"authorization", b"")):
-            why, how = "add the header Authorization: Bearer TOKEN", {"WWW-Authenticate": "Bearer"}
-            await detail(401, why, how)(scope, receive, send)
-        elif int(headers.get(b"content-length", b"0")) > MAX_BODY_BYTES:
-            await detail(413, TOO_LARGE)(scope, receive, send)
-        else:
-            await self.app(scope, limited, send)
-
-    def admits(self, credentials: bytes) -> bool:
-        scheme, _, token = credentials.partition(b" ")
-        return not self.token or (scheme.lower() == b"bearer" and compare_digest(token, self.token.encode()))
-
-
-def detail(status: int, why: object, headers: dict[str, str] | None = None) -> Response:
-    """A refusal. Plain ASCII, as what it quotes may have no bytes in UTF-8."""
-    return Response(json.dumps({"detail": why}), status, headers, media_type="application/json")
-
-
-@dataclass(slots=True)
-class Line:
-    """Who is served and who waits. Mutable; touched by the event loop only."""
-
-    workers: int
-    queue: int
-    inside: int = 0
-    recent_s: float = 0.1  # of a program; a moving average
-
-    @property
-    def running(self) -> int:
-        return min(self.inside, self.workers)
-
-    @property
-    def queued(self) -> int:
-        return self.inside - self.running
-
-    @contextmanager
-    def place(self) -> Iterator[None]:
-        if self.inside >= self.workers + self.queue:
-            seconds = min(MAX_RETRY_AFTER_S, math.ceil(self.recent_s * max(1.0, self.queued / self.workers)))
-            raise HTTPException(429, f"{self.queued} calls are waiting already", {"Retry-After": str(seconds)})
-        self.inside += 1
-        try:
-            yield
-        finally:
-            self.inside -= 1
-
-
-class Meters:
-    """What /metrics shows of one app."""
-
-    def __init__(self, line: Line) -> None:
-        self.registry = CollectorRegistry()
-        own = {"namespace": "otcrl_python", "registry": self.registry}
-        Gauge("queued", "calls that wait", **own).set_function(lambda: line.queued)
-        Gauge("running", "calls that run", **own).set_function(lambda: line.running)
-        self.seconds = Histogram("seconds", "from request to answer, waiting included", buckets=BUCKETS, **own)
-        self.outcomes = Counter("calls", "calls by outcome", ["outcome"], **own)
 
 
 # -- the app ----------------------------------------------------------------------------------------
@@ -228,8 +130,7 @@ class Limits:
         asked = {"run_timeout": (timeout_s, self.max_timeout_s), "memory_limit_MB": (memory_mb, self.max_memory_mb)}
         for name, (amount, most) in asked.items():
             if amount > most:
-                why = f"this server allows {most:g} at most, got {amount:g}"
-                raise RequestValidationError([{"type": "less_than_equal", "loc": ("body", name), "msg": why}])
+                raise wrong_field(name, f"this server allows {most:g} at most, got {amount:g}")
         return Program(
             code=encodable(request.code),
             timeout_s=timeout_s,
@@ -248,7 +149,7 @@ def make_app(pool: Pool, *, workers: int, token: str | None = None, queue: int =
     More than `queue` calls are not kept waiting. Without `token` anybody who reaches the port may run programs.
     """
     line = Line(workers, queue)
-    meters = Meters(line)
+    meters = Meters("otcrl_python", lambda: line.queued, lambda: line.running, "calls")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -258,13 +159,7 @@ def make_app(pool: Pool, *, workers: int, token: str | None = None, queue: int =
         finally:
             await pool.close()
 
-    app = FastAPI(title="otcrl serve python", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(Door, token=token)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        """FastAPI's form without its copy of what was sent."""
-        return detail(422, [{key: each[key] for key in ("loc", "msg", "type")} for each in error.errors()])
+    app = http.make_app("otcrl serve python", token, meters, lifespan)
 
     @app.post("/run_code", responses=refusals(400, 401, 413, 429))
     async def run_code(request: RunRequest) -> RunResponse:
@@ -278,7 +173,7 @@ def make_app(pool: Pool, *, workers: int, token: str | None = None, queue: int =
             except OtcrlError as error:
                 meters.outcomes.labels("unavailable").inc()
                 return RunResponse(status="SandboxError", message=str(error))
-        line.recent_s += 0.1 * (done.seconds - line.recent_s)
+        line.took(done.seconds)
         meters.seconds.observe(time.monotonic() - begun)
         meters.outcomes.labels(done.state.value).inc()
         return run_response(done, request.fetch_files)
@@ -291,9 +186,5 @@ def make_app(pool: Pool, *, workers: int, token: str | None = None, queue: int =
     @app.get("/health")
     async def health() -> dict[str, str | int]:
         return {"status": "ok", "workers": workers, "queued": line.queued}
-
-    @app.get("/metrics", responses=refusals(401), response_class=Response)
-    async def metrics() -> Response:
-        return Response(generate_latest(meters.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
