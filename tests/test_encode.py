@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from otcrl.errors import ConfigError, DataError
 from otcrl.presets import groups, options
@@ -33,10 +33,11 @@ from otcrl.tools.retrieval.encode import (
     pool,
     settings,
 )
+from tests.tiny import tiny_llama
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 SPECIAL = ["<pad>", "<start>", "<end>", "<eos>", "<unknown>"]
-WORDS = "query passage : Rome Paris is the capital of Italy France old city on river Tiber".split()
+WORDS = ("query passage : Rome Paris is the capital of Italy France old city on river Tiber").split()
 VOCABULARY = {token: number for number, token in enumerate([*SPECIAL, *WORDS])}
 END, EOS = 2, 3
 TEXTS = [
@@ -66,21 +67,23 @@ def save_tokenizer(directory: Path, template: str) -> PreTrainedTokenizerFast:
 def save_bert(directory: Path) -> str:
     """As MiniLM, E5 and BGE: sees both ways, <start> ... <end>."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    BertModel(
-        BertConfig(vocab_size=len(VOCABULARY), max_position_embeddings=64, initializer_range=0.3, **sizes)
-    ).save_pretrained(directory)
+    config = BertConfig(
+        vocab_size=len(VOCABULARY),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.3,  # far from all alike
+    )
+    BertModel(config).save_pretrained(directory)
     save_tokenizer(directory, "<start> $A <end>")
     return str(directory)
 
 
 def save_llama(directory: Path, template: str) -> str:
     """As Qwen3-Embedding: a decoder, read at the last token."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaModel(
-        LlamaConfig(vocab_size=len(VOCABULARY), max_position_embeddings=64, initializer_range=0.3, **sizes)
-    ).save_pretrained(directory)
+    tiny_llama(len(VOCABULARY), context=64).model.save_pretrained(directory)
     save_tokenizer(directory, template)
     return str(directory)
 
@@ -105,12 +108,12 @@ def closing_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def encoders(bert: str, llama: str) -> dict[str, TransformerEncoder]:
-    common = {"dtype": "float32", "device": "cpu", "max_tokens": 32}
+    mean = TransformerEncoder(model=bert, dtype="float32", device="cpu", max_tokens=32)
     return {
-        "mean": TransformerEncoder(model=bert, pooling="mean", **common),
-        "cls": TransformerEncoder(model=bert, pooling="cls", **common),
-        "last": TransformerEncoder(model=llama, pooling="last", **common),
-        "int8": TransformerEncoder(model=bert, **(common | {"dtype": "int8"})),
+        "mean": mean,
+        "cls": replace(mean, pooling="cls"),
+        "last": replace(mean, model=llama, pooling="last"),
+        "int8": replace(mean, dtype="int8"),
     }
 
 
@@ -265,7 +268,7 @@ def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path):
 
 
 def test_more_tokens_than_the_model_has_places_for_are_refused(bert: str):
-    with pytest.raises(ConfigError, match="max_tokens must be at most 64 for .*, got 256"):
+    with pytest.raises(ConfigError, match=r"max_tokens must be at most 64 for .*, got 256"):
         TransformerEncoder(model=bert).encode(["Rome"], is_query=True)
 
 
@@ -338,7 +341,7 @@ HASHING = settings(HashingEncoder())
         ({"type": "my_package.Mine"}, "type must be one of hashing, transformer, got 'my_package.Mine'"),
         ({"_target_": "os.system"}, "type must be one of"),
         (HASHING | {"_target_": "os.system"}, "_target_ is not a setting of HashingEncoder"),
-        (HASHING | {"dimension": {"_target_": "builtins.print"}}, "dimension"),
+        (HASHING | {"dimension": {"_target_": "builtins.print"}}, "encoder.dimension must be text, a number, "),
         ({"type": "hashing"}, "dimension is missing; type hashing needs dimension"),
         (HASHING | {"dimension": "64"}, "dimension must be int, got '64'"),
         (settings(TransformerEncoder()) | {"pooling": "max"}, "pooling must be one of mean, cls, last, got 'max'"),

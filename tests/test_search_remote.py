@@ -505,9 +505,7 @@ def test_a_trajectory_in_a_hurry_is_no_servers_failure():
     ("fields", "complaint"),
     [
         ({"shards": [["http://b"]]}, "urls and shards exclude each other"),
-        ({"index": "x"}, "urls and index exclude each other: the servers have passages of their own"),
-        ({"passages": CAPITALS}, "urls and passages exclude each other"),
-        ({"urls": (), "shards": [["http://b"]], "corpus": [__file__]}, "shards and corpus exclude each other"),
+        ({"passages": CAPITALS}, "urls: this task brings its own passages, which no server has"),
         ({"protocol": "searchr1"}, "protocol must be otcrl or search_r1, got 'searchr1'. Did you mean 'search_r1'?"),
         ({"urls": ["a:80"]}, "urls: 'a:80' is no server's address"),
         ({"urls": (), "shards": [["http://b"], []]}, "shards: name at least one server of each"),

@@ -44,7 +44,8 @@ class SearchTool:
     corpus: Sequence[str] = ()  # files, or data sets of the hub
     passages: Sequence[Passage] = ()  # or the passages themselves: a task's own, wired by build
     index: str | None = None  # directory: opened if it is there, built if not; None: in memory
-    urls: Sequence[str] = ()  # of `otcrl serve retrieval`, all with one index; none: the index is here
+    # of `otcrl serve retrieval`, all with one index; none: the index is here. encoder, corpus, index are theirs then
+    urls: Sequence[str] = ()
     shards: Sequence[Sequence[str]] = ()  # or of one in parts, each of them at some urls
     protocol: str = "otcrl"  # or search_r1: the urls are those of Search-R1's retriever
     token: str | None = None  # the servers'; None: OTCRL_TOKEN of the environment
@@ -82,10 +83,9 @@ class SearchTool:
     def _check_servers(self) -> None:
         if self.urls and self.shards:
             raise ConfigError("urls and shards exclude each other: urls have all of a corpus, shards a part each")
-        for field in ("corpus", "passages", "index"):
-            if getattr(self, field):
-                where = "urls" if self.urls else "shards"
-                raise ConfigError(f"{where} and {field} exclude each other: the servers have passages of their own")
+        if self.passages:
+            where = "urls" if self.urls else "shards"
+            raise ConfigError(f"{where}: this task brings its own passages, which no server has")
         if self.protocol not in PATHS:
             raise ConfigError(
                 f"protocol must be {' or '.join(PATHS)}, got {self.protocol!r}.{nearest(self.protocol, PATHS)}"

@@ -324,6 +324,9 @@ def encoder_from(built: Mapping[str, Any]) -> Encoder:
     cls, given = TYPES[kind], {key: value for key, value in built.items() if key != "type"}
     if missing := [name for name in matters(cls) if name not in given]:
         raise DataError(f"encoder: {missing[0]} is missing; type {kind} needs {', '.join(matters(cls))}")
+    for name, value in given.items():
+        if not isinstance(value, str | int | None):  # a section in it could name a class
+            raise DataError(f"encoder.{name} must be text, a number, true, false or null, got {value!r}")
     try:
         return construct_as(cls, given, "encoder")
     except ConfigError as error:
