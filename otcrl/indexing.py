@@ -205,7 +205,10 @@ def recipe_of(settings: dict[str, Any]) -> Recipe:
 
 
 def show(directory: str, index: Index) -> int:
-    found = index.manifest.parameters.get("recall_at_10") if index.manifest else None
+    made = index.manifest.parameters if index.manifest else {}
+    found, wanted = made.get("recall_at_10"), made.get("target_recall")
     recall = f", {found:.3f} of the true 10 nearest found" if found is not None else ""
     print(f"otcrl: {index.rows} passages in {directory}{recall}")
+    if found is not None and found < wanted:
+        print(f"otcrl: warning: target_recall={wanted} is out of reach: more code_bytes, links or lists may help")
     return 0

@@ -37,7 +37,7 @@ from tests.tiny import tiny_llama
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 SPECIAL = ["<pad>", "<start>", "<end>", "<eos>", "<unknown>"]
-WORDS = ("query passage : Rome Paris is the capital of Italy France old city on river Tiber").split()
+WORDS = "query passage : Rome Paris is the capital of Italy France old city on river Tiber".split()
 VOCABULARY = {token: number for number, token in enumerate([*SPECIAL, *WORDS])}
 END, EOS = 2, 3
 TEXTS = [

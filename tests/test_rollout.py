@@ -13,7 +13,7 @@ from otcrl.errors import DataError, ToolUnavailable
 from otcrl.models.tiny import word_tokenizer
 from otcrl.protocols import Completion, ToolResult
 from otcrl.rollout.collect import Collector, stable_seed
-from otcrl.rollout.loop import Limits, Player
+from otcrl.rollout.loop import Limits, Player, whole_lines
 from otcrl.types import Outcome, Problem, Stop, Trajectory, count_calls
 
 WORDS = [
@@ -177,6 +177,20 @@ def test_malformed_turns_are_limited_too():
 def test_a_completion_that_was_cut_is_over_and_gives_no_answer():
     t = play(Script(ANSWER, finished=False))
     assert (t.stop, t.answer) == (Stop.MAX_TOKENS, None)
+
+
+@pytest.mark.parametrize(
+    ("cut", "text", "kept"),
+    [
+        ("Doc 1: Rome\nDoc 2: Par", "Doc 1: Rome\nDoc 2: Paris", "Doc 1: Rome"),
+        ("Doc 1: Rome", "Doc 1: Rome\nDoc 2: Paris", "Doc 1: Rome"),
+        ("Doc 1: Rome\nDoc 2: Paris", "Doc 1: Rome\nDoc 2: Paris\n", "Doc 1: Rome\nDoc 2: Paris"),
+        ("Doc 1: Rom", "Doc 1: Rome\nDoc 2: Paris", "Doc 1: Rom"),
+        ("\nDoc 1: Rom", "\nDoc 1: Rome", "\nDoc 1: Rom"),
+    ],
+)
+def test_a_cut_observation_ends_with_a_whole_passage_if_one_fits(cut: str, text: str, kept: str):
+    assert whole_lines(cut, text) == kept
 
 
 def test_observations_are_cut_to_their_limit():

@@ -24,7 +24,7 @@ class Limits:
     max_turns: int  # completions, malformed ones included
     max_tokens: int  # sampled and observation tokens together
     max_turn_tokens: int  # sampled tokens in one completion
-    max_observation_tokens: int  # a longer result is cut at its end
+    max_observation_tokens: int  # a longer result is cut after the last line that is whole
     tool_timeout_s: float
 
     def __post_init__(self) -> None:
@@ -177,8 +177,17 @@ class Player:
     def _observation(self, result: str) -> list[int]:
         ids = self.tokenizer.encode(result)
         if len(ids) > self.limits.max_observation_tokens:
-            result = self.tokenizer.decode(ids[: self.limits.max_observation_tokens])
+            result = whole_lines(self.tokenizer.decode(ids[: self.limits.max_observation_tokens]), result)
         return self.tokenizer.encode(self.dialect.observation(result))
+
+
+def whole_lines(cut: str, text: str) -> str:
+    """The beginning `cut` of `text` without its last line if that is not whole; as it is where there is no other.
+
+    A passage is a line, so what the policy reads ends with one.
+    """
+    whole, _, _ = cut.rpartition("\n")
+    return cut if text[len(cut) :].startswith("\n") or not whole.strip() else whole
 
 
 async def run_call(tool: Tool, arguments: str, session: str, timeout_s: float) -> ToolCall:

@@ -274,7 +274,7 @@ def mark_encoding(work: Path, encoder: Encoder | None, sha256: str) -> None:
 def progress(passages: Passages, start: int) -> Iterator[list[str]]:
     """The texts of one chunk after the other; a bar where there are many."""
     rows = len(passages)
-    with Progress(*COLUMNS, disable=rows <= AT_A_TIME) as bar:
+    with Progress(*COLUMNS, disable=rows - start <= AT_A_TIME) as bar:
         task = bar.add_task("encoding passages", total=rows, completed=start)
         for first, last in chunks(rows, start):
             yield contents(passages, first, last)
