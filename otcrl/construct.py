@@ -23,6 +23,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import SchemaError
 
 from otcrl.errors import ConfigError, nearest
 
@@ -152,7 +153,12 @@ def resolve(cls: Constructor[object], parameter: inspect.Parameter) -> Any:
 def checked(value: object, hint: Any, where: str) -> object:
     """`value` as `hint` describes it. Strict JSON rules: a list may fill a tuple and an int a float, but no
     string is a number and no bool is an int."""
-    adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, extra="forbid"))
+    if value is None and type(None) in get_args(hint):
+        return None
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True, extra="forbid"))
+    except SchemaError:  # a protocol: only an object can be one
+        raise ConfigError(f"{where} must be a section with a _target_, got {value!r}") from None
     try:
         return adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import pytest
 from omegaconf import OmegaConf
@@ -203,3 +203,18 @@ def test_a_preset_sets_only_what_exists(preset):
     for where, section in sections(config, "config"):
         cls = locate(section["_target_"], where)
         assert section.keys() - {"_target_"} == settings_of(cls).keys() - wired_parts(cls), where
+
+
+class Speaker(Protocol):
+    def speak(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Talk:
+    speaker: Speaker | None = None
+
+
+def test_a_part_that_is_a_protocol_may_be_null_but_no_plain_value():
+    assert construct_as(Talk, {"speaker": None}, "talk") == Talk()
+    with pytest.raises(ConfigError, match=r"talk\.speaker must be a section with a _target_, got 'loud'"):
+        construct_as(Talk, {"speaker": "loud"}, "talk")

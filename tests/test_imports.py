@@ -99,6 +99,7 @@ def test_the_contract_and_the_command_load_without_anything_heavy():
 def test_every_library_that_is_imported_is_declared():
     setup = (ROOT / "setup.py").read_text().lower().replace("_", "-")
     names = {"yaml": "omegaconf", "faiss": "faiss-cpu", "tokenizers": "transformers", "huggingface_hub": "transformers"}
+    names |= {"pydantic_core": "pydantic"}
     third_party = {m.partition(".")[0] for path in FILES for m in imports(path)} - sys.stdlib_module_names - {"otcrl"}
     undeclared = {m for m in third_party if names.get(m, m).lower().replace("_", "-") not in setup}
     assert not undeclared
