@@ -5,7 +5,7 @@
 INDEX is a flat index of real passages, QUESTIONS jsonl(.gz) rows with `question`. The plain server does what
 Search-R1's does: one model, a synchronous handler, each request encoded and searched by itself. Both get the same
 questions from 64 clients, in turns. Vectors beyond those of INDEX are made from them: each is one of them turned by
-noise as long as a quarter of it, so that neighbourhoods stay as uneven as real ones.
+noise three quarters as long as it, so that neighbourhoods stay as uneven as real ones and are not copies of them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from operator import truediv
 from statistics import median, quantiles
 from typing import Any
 
@@ -26,6 +28,7 @@ import faiss
 import httpx
 import numpy as np
 from common import publish
+from encoders import loop, measure, ours
 
 from otcrl.tools.retrieval.dense import Dense, build, exact, overlap, tune
 from otcrl.tools.retrieval.encode import Vectors
@@ -34,6 +37,8 @@ from otcrl.tools.retrieval.quality import read_questions
 
 CLIENTS, ROUNDS, TOPK = 64, 3, 3
 SIZES = (10_000, 100_000)
+ENCODED = 1200  # passages
+HEAD = b"POST /retrieve HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 Row = dict[str, str | int | float | None]
 
 PLAIN = """
@@ -78,7 +83,7 @@ uvicorn.run(app, port=port, log_level="warning")
 
 
 @contextlib.contextmanager
-def server(*command: str, port: int) -> Iterator[str]:
+def server(*command: str, port: int) -> Iterator[None]:
     url = f"http://127.0.0.1:{port}"
     process = subprocess.Popen([sys.executable, *command])
     try:
@@ -90,26 +95,32 @@ def server(*command: str, port: int) -> Iterator[str]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"no server: {command[:2]}")
             time.sleep(0.2)
-        yield url
+        yield
     finally:
         process.terminate()
         process.wait()
 
 
-async def load(url: str, questions: Sequence[str]) -> tuple[float, list[float], list[list[str]]]:
-    """(queries per second, seconds of each, ids found) with 64 clients that ask one question at a time."""
+async def load(port: int, questions: Sequence[str]) -> tuple[float, list[float], list[list[str]]]:
+    """(queries per second, seconds of each, ids found) with 64 clients that ask one question at a time.
+
+    The requests are written by hand, as an HTTP library would take as much of two cores as a server does.
+    """
     waiting, found, seconds = list(enumerate(questions))[::-1], [[""]] * len(questions), []
 
     async def client() -> None:
-        async with httpx.AsyncClient(timeout=120) as http:
-            while waiting:
-                number, question = waiting.pop()
-                begun = time.perf_counter()
-                answer = await http.post(
-                    f"{url}/retrieve", json={"queries": [question], "topk": TOPK, "return_scores": True}
-                )
-                seconds.append(time.perf_counter() - begun)
-                found[number] = [hit["document"]["id"] for hit in answer.json()["result"][0]]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while waiting:
+            number, question = waiting.pop()
+            body = json.dumps({"queries": [question], "topk": TOPK, "return_scores": True}).encode()
+            begun = time.perf_counter()
+            writer.write(HEAD % len(body) + body)
+            head = await reader.readuntil(b"\r\n\r\n")
+            size = int(head.lower().partition(b"content-length:")[2].split()[0])
+            answer = json.loads(await reader.readexactly(size))
+            seconds.append(time.perf_counter() - begun)
+            found[number] = [hit["document"]["id"] for hit in answer["result"][0]]
+        writer.close()
 
     begun = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
@@ -118,18 +129,18 @@ async def load(url: str, questions: Sequence[str]) -> tuple[float, list[float], 
 
 def served(directory: str, model: str, questions: Sequence[str]) -> tuple[list[Row], dict[str, float]]:
     """Each round asks both servers other questions, so that nobody has the answer yet."""
-    ours = ("-m", "otcrl.cli", "serve", "retrieval", f"index={directory}", "port=8971")
+    own = ("-m", "otcrl.cli", "serve", "retrieval", f"index={directory}", "port=8971")
     plain = ("-c", PLAIN, directory, model, "8972")
     rates: dict[str, list[float]] = {"otcrl": [], "plain": []}
     seconds: dict[str, list[float]] = {"otcrl": [], "plain": []}
     share = len(questions) // ROUNDS
     same = []
-    with server(*ours, port=8971) as our_url, server(*plain, port=8972) as plain_url:
+    with server(*own, port=8971), server(*plain, port=8972):
         for round in range(ROUNDS):
             asked = questions[round * share : (round + 1) * share]
             answers = []
-            for name, url in (("plain", plain_url), ("otcrl", our_url)):
-                rate, took, found = asyncio.run(load(url, asked))
+            for name, port in (("plain", 8972), ("otcrl", 8971)):
+                rate, took, found = asyncio.run(load(port, asked))
                 rates[name].append(rate)
                 seconds[name] += took
                 answers.append(found)
@@ -175,6 +186,16 @@ def per_query(call: Callable[..., object], batches: Sequence[Any]) -> float:
     return (time.perf_counter() - begun) / sum(map(len, batches))
 
 
+def built(index: Index) -> tuple[list[Row], float]:
+    """Passages per second while an index is built, ours and the loop that people write (encoders.py)."""
+    texts = [index.passages[row].contents for row in range(min(ENCODED, index.rows))]
+    found = measure({"the usual loop": loop(), "otcrl": ours("auto")}, texts)
+    rows: list[Row] = [
+        {"kind": f"encoding passages, {kind}", "passages_per_s": 1 / median(it.seconds)} for kind, it in found.items()
+    ]
+    return rows, median(map(truediv, found["the usual loop"].seconds, found["otcrl"].seconds))
+
+
 # -- search alone -------------------------------------------------------------------------------------
 
 
@@ -184,7 +205,7 @@ def more_vectors(real_ND: Vectors, rows: int, seed: int) -> Vectors:
     for start in range(0, rows, 50_000):
         stop = min(start + 50_000, rows)
         noise = rng.standard_normal((stop - start, real_ND.shape[1])).astype(np.float32)
-        noise *= 0.25 / np.linalg.norm(noise, axis=1, keepdims=True)
+        noise *= 0.75 / np.linalg.norm(noise, axis=1, keepdims=True)
         made[start:stop] = real_ND[rng.integers(0, len(real_ND), stop - start)] + noise
     return made / np.linalg.norm(made, axis=1, keepdims=True)
 
@@ -239,6 +260,8 @@ def main() -> None:
     assert index.encoder is not None
     rows, ratios = served(given.index, str(getattr(index.encoder, "model", "")), questions)
     rows += parts(index, questions)
+    encoded, ratios["build_vs_loop"] = built(index)
+    rows += encoded
     real_ND = index.vectors.reconstruct_n(0, index.rows)  # pyright: ignore
     queries_QD = more_vectors(real_ND, 512, seed=1)
     for size in (*SIZES, given.rows):

