@@ -6,6 +6,7 @@ import asyncio
 import copy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,7 @@ from otcrl.models.policy import token_logprobs
 from otcrl.models.tiny import TinyLlama
 from otcrl.rollout.hf_engine import HFEngine
 from otcrl.sft import train_sft
+from otcrl.tools.retrieval.dense import Dense, build, exact, tune
 from tests.test_sft import CONFIG, DIALECT, Fixed
 
 pytestmark = pytest.mark.gpu
@@ -58,3 +60,15 @@ def test_the_cold_start_learns(cuda):
     moved = model.to(cuda)  # pyright: ignore[reportArgumentType]
     train_sft(moved, tokenizer, Fixed("c", "d"), DIALECT, config, lambda step, m: losses.append(m["sft/loss"]))
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_an_index_that_is_built_on_the_gpu_finds_what_one_built_on_the_cpu_does(cuda, kind: str):
+    faiss = pytest.importorskip("faiss")
+    if not hasattr(faiss, "index_cpu_to_all_gpus") or not faiss.get_num_gpus():
+        pytest.skip("this faiss is built without CUDA")
+    vectors_ND = np.random.default_rng(0).standard_normal((20_000, 64)).astype(np.float32)
+    settings = Dense(kind=kind, lists=64, effort=64)  # all lists: the search is exact
+    index = build(settings, vectors_ND)
+    assert tune(index, settings, vectors_ND, vectors_ND[:100]) in ({}, {"effort": 64, "recall_at_10": 1.0})
+    np.testing.assert_array_equal(index.search(vectors_ND[:100], 10)[1], exact(vectors_ND, vectors_ND[:100], "ip"))  # pyright: ignore[reportCallIssue]
