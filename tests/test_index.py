@@ -505,6 +505,24 @@ def test_a_gold_passage_that_is_not_there_is_named(tmp_path: Path):
         quality.measure(index, [quality.Question("who", frozenset(["p9999"]))])
 
 
+SHIPPED = Path(__file__).parent / "data" / "tiny_qa"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "least"),
+    [(Recipe(), 0.5), (Recipe(dense=Dense(kind="hnsw")), 0.5), (WORDS, 0.5), (HYBRID, 0.55)],
+    ids=lambda value: value.kind if isinstance(value, Recipe) else "",
+)
+def test_real_questions_find_their_gold_passages_in_the_corpus_that_is_shipped(
+    tmp_path: Path, recipe: Recipe, least: float
+):
+    corpus, questions = Corpus([str(SHIPPED / "corpus.jsonl")]), quality.read_questions(str(SHIPPED / "test.jsonl"))
+    index = build_index(corpus, HashingEncoder(), tmp_path / "index", recipe)
+    found = quality.measure(index, questions, ks=(1, 3))
+    assert found["recall@3"] >= least, found
+    assert found["recall@1"] <= found["recall@3"]
+
+
 # -- the command --------------------------------------------------------------------------------------
 
 
