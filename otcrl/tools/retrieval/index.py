@@ -294,9 +294,3 @@ def described(manifest: Manifest) -> Mapping[str, Any]:
         **{f"memory, {part}": f"{size / 1e6:,.1f} MB" for part, size in memory_bytes(manifest).items() if size},
         "on disk": f"{sum(size for size, _ in manifest.files.values()) / 1e6:,.1f} MB",
     }
-
-
-def __getattr__(name: str):  # TEMPORARY
-    from otcrl.tools.retrieval import build
-
-    return getattr(build, name)
