@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -340,6 +341,45 @@ def test_vectors_of_another_encoder_or_corpus_are_neither_used_nor_thrown_away(t
     assert kept.stat().st_size == AT_A_TIME * 64 * 4
     assert build_index(passages, ENCODER, tmp_path / "index").rows == AT_A_TIME + 1
     assert not kept.exists()
+
+
+KILLED = """
+import os, signal, sys
+
+def die(event, arguments):
+    if event == sys.argv[3] and str(arguments[0]).endswith(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(die)
+"""
+
+
+@pytest.mark.parametrize(
+    ("event", "path"),
+    [("os.rename", "/.index.building"), ("os.remove", "/index/vectors.bin"), ("os.remove", "/index/encoding.json")],
+)
+def test_a_build_killed_at_its_very_end_has_lost_nothing(tmp_path: Path, event: str, path: str):
+    place = tmp_path / "index"
+    command = [sys.executable, "-c", KILLED + SLOWLY, str(place), "10", event, path]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -signal.SIGKILL
+    if not place.exists():
+        assert build_slowly(place, 10).communicate()[0] == "", "passages are not encoded again"
+    assert check(place) == []
+    assert main(["index", "info", str(place)]) == 0
+    assert open_index(place, HashingEncoder(dimension=16)).rows == 10
+
+
+def test_what_an_earlier_attempt_left_is_no_part_of_the_next_one_but_for_the_encoding(tmp_path: Path):
+    build_index(PASSAGES, ENCODER, tmp_path / "flat")
+    for finish in (
+        lambda: build_index(PASSAGES, ENCODER, tmp_path / "next"),
+        lambda: derive(tmp_path / "flat", tmp_path / "next", Recipe()),
+    ):
+        build_index(PASSAGES, ENCODER, tmp_path / "attempt", HYBRID)
+        (tmp_path / "attempt").rename(tmp_path / ".next.building")  # as if killed before it was renamed
+        finish()
+        assert digests(tmp_path / "next") == digests(tmp_path / "flat")
+        shutil.rmtree(tmp_path / "next")
 
 
 def test_a_full_disk_is_named_and_what_is_encoded_is_kept(tmp_path: Path):

@@ -6,9 +6,6 @@ build that was killed goes on after its last whole chunk, and gives the same byt
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -22,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from otcrl.errors import ConfigError, DataError
 from otcrl.tools.retrieval import dense, lexical
+from otcrl.tools.retrieval.attempt import VECTORS, mark_encoding, unfinished, write_manifest
 from otcrl.tools.retrieval.corpus import Passage
 from otcrl.tools.retrieval.dense import Dense
 from otcrl.tools.retrieval.encode import Encoder, Vectors, settings
@@ -29,7 +27,6 @@ from otcrl.tools.retrieval.index import (
     FORMAT,
     Index,
     Manifest,
-    manifest_files,
     open_index,
     read_manifest,
     refuse,
@@ -46,7 +43,6 @@ from otcrl.tools.retrieval.store import (
     write_passages,
 )
 
-VECTORS, ENCODING = "vectors.bin", "encoding.json"
 TUNED_WITH = 256  # titles asked for, to find the effort that reaches the wanted recall
 COLUMNS = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
 
@@ -98,11 +94,7 @@ def build_index(
     with unfinished(Path(directory)) as work:
         rows, sha256 = write_passages(passages, work)
         refuse_empty(rows)
-        manifest = fill(work, recipe, encoder, rows, sha256)
-        for name in (VECTORS, ENCODING):
-            (work / name).unlink(missing_ok=True)
-        text = json.dumps(asdict(manifest) | {"files": manifest_files(work)}, indent=2)
-        (work / "manifest.json").write_text(text + "\n")
+        write_manifest(work, fill(work, recipe, encoder, rows, sha256))
     return open_index(directory, encoder)
 
 
@@ -201,40 +193,13 @@ def adopt(vectors: str | Path, corpus: Iterable[Passage], encoder: Encoder, dire
             parameters={"storage": "float32", "imported": Path(vectors).name},
             rows=rows,
             corpus_sha256=sha256,
-            files=manifest_files(work),
+            files={},
         )
-        (work / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+        write_manifest(work, manifest)
     return open_index(directory, encoder)
 
 
 # -- the work -----------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def unfinished(directory: Path) -> Iterator[Path]:
-    """Where to work; it becomes `directory` if it then has a manifest, and stays for the next attempt if not."""
-    if directory.exists():
-        raise DataError(f"index directory {directory} is there already: delete it or name another")
-    work = directory.with_name(f".{directory.name}.building")
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield work
-            if (work / "manifest.json").exists():
-                work.rename(directory)
-        except BlockingIOError as error:
-            raise DataError(f"index {directory}: another process is building it") from error
-        finally:
-            os.close(lock)
-    except OSError as error:
-        raise DataError(f"index {directory} cannot be written: {error.strerror or error}. {kept(work)}") from error
-
-
-def kept(work: Path) -> str:
-    has = (work / VECTORS).exists()
-    return f"What is encoded is kept in {work}: the same command goes on from there" if has else "Nothing was encoded"
 
 
 def encoded(passages: Passages, encoder: Encoder, work: Path, sha256: str) -> Vectors:
@@ -254,21 +219,6 @@ def encoded(passages: Passages, encoder: Encoder, work: Path, sha256: str) -> Ve
             os.fsync(file.fileno())
             start += len(texts)
     return np.memmap(work / VECTORS, np.float32, "r", shape=(len(passages), encoder.dimension))
-
-
-def mark_encoding(work: Path, encoder: Encoder | None, sha256: str) -> None:
-    """Whose vectors lie in `work`. Raises DataError if they are another's."""
-    assert encoder is not None
-    mark, path = {"encoder": encoder.name, "corpus_sha256": sha256}, work / ENCODING
-    if not path.exists():
-        path.write_text(json.dumps(mark))
-        (work / VECTORS).unlink(missing_ok=True)
-    elif (found := json.loads(path.read_text())) != mark:
-        other = next(key for key in mark if found.get(key) != mark[key])
-        raise DataError(
-            f"{work} holds an unfinished build with {other} {found.get(other)!r}, but this one has {mark[other]!r}: "
-            "finish it with the same settings, or delete it"
-        )
 
 
 def progress(passages: Passages, start: int) -> Iterator[list[str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,8 +276,10 @@ def wrong_vectors(index: Index) -> list[str]:
     ]
 
 
-def manifest_files(directory: Path) -> dict[str, list[Any]]:
-    names = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "manifest.json")
+def manifest_files(directory: Path, but: Collection[str] = ()) -> dict[str, list[Any]]:
+    """All that lies there, but for the manifest and what is named."""
+    left_out = {"manifest.json", *but}
+    names = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in left_out)
     return {str(path.relative_to(directory)): [path.stat().st_size, file_sha256(path)] for path in names}
 
 
