@@ -270,12 +270,20 @@ class Engine(Protocol):
         temperature: float,
         seed: int,
         session: str,
+        priority: int = 0,
     ) -> Completion:
         """Continue `token_ids` by at most `max_tokens` sampled ids (temperature 0: the likeliest).
 
         The draw at a position depends on (seed, position) alone, never on what else is running.
         Calls of one `session` extend each other's tokens, so its cache is kept until `release`.
-        Raises EngineError when generation fails.
+        Where there is a queue, a lower `priority` goes first. Raises EngineError when generation fails.
+        """
+        ...
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        """[L] log-probs (nats, temperature 1) of `token_ids` under the engine's weights; 0.0 for the first.
+
+        The proof that the engine has the learner's weights rests on it. Raises EngineError when it cannot.
         """
         ...
 
@@ -283,7 +291,16 @@ class Engine(Protocol):
         """The trajectory is over; its cache may go."""
         ...
 
-    async def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
+    async def sleep(self) -> None:
+        """The learner works now: give back what memory can be given. `load_weights` wakes the engine."""
+        ...
+
+    async def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Sample from `weights` from now on; trajectories under way go on with them.
+
+        Raises EngineError naming a parameter that is missing, unknown, of another shape or damaged on its way.
+        """
+        ...
 
     async def close(self) -> None: ...
 

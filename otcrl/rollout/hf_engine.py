@@ -48,6 +48,7 @@ class HFEngine:
         self._waiting: list[Session] = []
         self._running: list[Session] = []  # sorted by row
         self._loads: list[tuple[Iterable[tuple[str, Tensor]], int, asyncio.Future[None]]] = []
+        self._scores: list[tuple[list[int], asyncio.Future[list[float]]]] = []
         self._server: asyncio.Task[None] | None = None
         self._incomplete = ""  # what went wrong with the weights: nothing is generated until they are whole
         self._closed = False
@@ -67,6 +68,7 @@ class HFEngine:
         temperature: float,
         seed: int,
         session: str,
+        priority: int = 0,
     ) -> Completion:
         """See `Engine.generate`. Cancelling the task that awaits it frees the session's slot."""
         self._check(token_ids, stop, max_tokens, temperature)
@@ -84,9 +86,17 @@ class HFEngine:
             watch=self._watch(tuple(stop)),
             temperature=temperature,
             seed=seed,
+            priority=priority,
         )
         self._sessions[session] = here
         self._waiting.append(here)
+        self._start()
+        return await future
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        self._check(token_ids, (), max_tokens=1, temperature=1.0)
+        future: asyncio.Future[list[float]] = asyncio.get_running_loop().create_future()
+        self._scores.append((list(token_ids), future))
         self._start()
         return await future
 
@@ -98,6 +108,9 @@ class HFEngine:
             self._forget(gone)
         elif not gone.request.future.done():
             gone.request.future.set_exception(EngineError(f"session {session!r} was released while generating"))
+
+    async def sleep(self) -> None:
+        """Its memory is the trainer's own: there is nothing to give back."""
 
     async def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """The next step samples from `weights`; trajectories under way go on with them, their K/V computed again.
@@ -175,11 +188,12 @@ class HFEngine:
     async def _serve(self) -> None:
         """Steps until there is nothing to do. Whatever goes wrong reaches everyone who waits."""
         try:
-            while self._waiting or self._running or self._loads:
+            while self._waiting or self._running or self._loads or self._scores:
                 for _ in range(LOOP_TURNS):
                     await asyncio.sleep(0)
                 self._reap()
                 self._load()
+                await self._score()
                 self._admit()
                 if self._running:
                     await self._step(self._compact())
@@ -232,9 +246,17 @@ class HFEngine:
             if not done.done():
                 done.set_result(None)
 
+    async def _score(self) -> None:
+        while self._scores:
+            ids, future = self._scores[0]
+            result = await asyncio.get_running_loop().run_in_executor(self._thread, self._forward.score, ids)
+            self._scores.pop(0)
+            if not future.done():
+                future.set_result(result)
+
     def _admit(self) -> None:
-        """Slots for those who wait: first who still has one, then in order of arrival."""
-        self._waiting.sort(key=lambda here: here.row < 0)
+        """Slots for those who wait: first who still has one, then by priority, then in order of arrival."""
+        self._waiting.sort(key=lambda here: (here.row < 0, here.request.priority if here.request else 0))
         admitted = 0
         for here in self._waiting:
             if here.row < 0 and not self._give_row(here):
@@ -294,13 +316,13 @@ class HFEngine:
         if isinstance(error, asyncio.CancelledError):
             why = "the engine was closed" if self._closed else "the engine's event loop ended"
         waiting = [here.request.future for here in (*self._running, *self._waiting) if here.request is not None]
-        for future in (*waiting, *(done for _, _, done in self._loads)):
+        for future in (*waiting, *(done for _, _, done in self._loads), *(done for _, done in self._scores)):
             if not future.done():
                 failure = EngineError(why)
                 failure.__cause__ = error
                 future.set_exception(failure)
         for here in (*self._running, *self._waiting):
             self._forget(here)
-        self._running, self._waiting, self._loads = [], [], []
+        self._running, self._waiting, self._loads, self._scores = [], [], [], []
         self._drop_caches()
         self._forward.reset()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from otcrl.bucketing import by_length
 from otcrl.errors import ConfigError, EngineError, nearest
+from otcrl.models.policy import token_logprobs
 from otcrl.protocols import Completion
 from otcrl.rollout.kv_pool import GROUPED_ATTENTION, KVPool, Window
 from otcrl.rollout.sampling import sample, uniforms
@@ -40,6 +41,7 @@ class Request:
     watch: frozenset[int]  # token ids that end it, or whose text may complete a stop string
     temperature: float
     seed: int
+    priority: int  # lower goes first
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
 
@@ -98,6 +100,14 @@ class Forward:
                 self._pool.copy(moves.source, moves.target, moves.width)
             self._prefill(running)
             return self._decode(running)
+
+    def score(self, ids: Sequence[int]) -> list[float]:
+        """[L] log-probs of `ids`, nats, at temperature 1; 0.0 for the first."""
+        ids_1T = torch.tensor([list(ids)], device=self.model.device)
+        scored_1T = torch.ones_like(ids_1T, dtype=torch.bool)
+        scored_1T[:, 0] = False
+        with torch.inference_mode():
+            return token_logprobs(self.model, ids_1T, scored_1T)[0][0].tolist()
 
     def _prefill(self, running: Sequence[Session]) -> None:
         """The K/V of all tokens but the last; identical fresh prompts (a group) are computed once."""
