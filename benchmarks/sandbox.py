@@ -20,7 +20,8 @@ from statistics import median, quantiles
 
 from common import publish
 
-from otcrl.tools.sandbox.pool import Pool, Program
+from otcrl.tools.sandbox.execution import Program
+from otcrl.tools.sandbox.pool import Pool
 
 PRELOAD = ("numpy", "scipy", "sympy")
 CONCURRENCY = 64

@@ -9,7 +9,8 @@ import pytest
 
 from otcrl.errors import ConfigError, ToolUnavailable
 from otcrl.tools.sandbox.client import RemotePool
-from otcrl.tools.sandbox.pool import Execution, Pool, Program, State
+from otcrl.tools.sandbox.execution import Execution, Program, State
+from otcrl.tools.sandbox.pool import Pool
 from tests.test_remote import closed_port, scripted
 from tests.test_sandbox import has_bubblewrap
 from tests.test_sandbox_server import serving

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from otcrl.errors import ConfigError, ToolUnavailable
+from otcrl.tools.sandbox.execution import Execution, Program, State
 from otcrl.tools.sandbox.inside import channel, heap
 from otcrl.tools.sandbox.jail import START
-from otcrl.tools.sandbox.pool import Execution, Pool, Program, State
+from otcrl.tools.sandbox.pool import Pool
 
 LIMITS = {"timeout_s": 5.0, "memory_mb": 128, "max_bytes": 8000}
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 
+from otcrl.tools.sandbox.execution import Execution, Program, State
 from otcrl.tools.sandbox.inside.zygote import SPARES
-from otcrl.tools.sandbox.pool import Execution, Pool, Program, State
+from otcrl.tools.sandbox.pool import Pool
 from tests.test_sandbox import LIMITS, has_bubblewrap, run
 
 pytestmark = pytest.mark.skipif(not has_bubblewrap(), reason="bubblewrap cannot make namespaces here")

@@ -23,7 +23,8 @@ from sandbox_fusion import RunCodeRequest, RunCodeResponse
 from schemathesis import GenerationMode, checks
 
 from otcrl.tools.sandbox.client import execution
-from otcrl.tools.sandbox.pool import Execution, Pool, Program, State
+from otcrl.tools.sandbox.execution import Execution, Program, State
+from otcrl.tools.sandbox.pool import Pool
 from otcrl.tools.sandbox.server import Limits, make_app, run_response
 from tests.test_sandbox import has_bubblewrap
 

@@ -17,7 +17,8 @@ from functools import cached_property
 from otcrl.errors import ConfigError
 from otcrl.protocols import ToolResult
 from otcrl.tools.sandbox.client import RemotePool
-from otcrl.tools.sandbox.pool import Execution, Pool, Program, State
+from otcrl.tools.sandbox.execution import Execution, Program, State
+from otcrl.tools.sandbox.pool import Pool
 from otcrl.types import Outcome
 
 NOTHING_PRINTED = "The program ran and printed nothing. Use print() to see a result."

@@ -12,8 +12,8 @@ from uuid import uuid4
 
 from otcrl.errors import ConfigError, ToolUnavailable
 from otcrl.tools.remote import ServerBusy, ServerLost, Servers
+from otcrl.tools.sandbox.execution import Execution, Program, State
 from otcrl.tools.sandbox.inside.channel import encodable
-from otcrl.tools.sandbox.pool import Execution, Program, State
 
 if TYPE_CHECKING:
     from httpx import Response

@@ -24,8 +24,9 @@ from otcrl.errors import OtcrlError
 from otcrl.tools import http
 from otcrl.tools.http import Line, Meters, refusals, wrong_field
 from otcrl.tools.sandbox.client import with_reason
+from otcrl.tools.sandbox.execution import Execution, Program, State
 from otcrl.tools.sandbox.inside.channel import encodable
-from otcrl.tools.sandbox.pool import Execution, Pool, Program, State
+from otcrl.tools.sandbox.pool import Pool
 
 Status = Literal["Finished", "Error", "TimeLimitExceeded"]
 STATUS: dict[State, Status] = {State.TIMEOUT: "TimeLimitExceeded", State.KILLED: "Error"}
