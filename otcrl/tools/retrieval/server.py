@@ -279,7 +279,13 @@ def make_app(
 
     app = http.make_app("otcrl serve retrieval", token, meters.common, lifespan)
     app.add_middleware(Measured, meters=meters)
+    add_searches(app, desk, meters)
+    add_documents(app, desk)
+    add_upkeep(app, desk)
+    return app
 
+
+def add_searches(app: FastAPI, desk: Desk, meters: SearchMeters) -> None:
     @app.post("/retrieve", response_model=RetrieveResponse, responses=REFUSED)
     async def retrieve(body: RetrieveRequest, request: Request) -> Response:
         """The nearest documents, as Search-R1's retrieval server gives them; none for an empty query.
@@ -289,8 +295,8 @@ def make_app(
         asked = [query for query in body.queries if query.strip()]
         answers = await desk.answers(asked, body.topk, None, request)
         meters.answered(answers)
-        found = iter(retrieved(answer, body.return_scores) for answer in answers)
-        return ascii_json({"result": [next(found) if query.strip() else [] for query in body.queries]})
+        documents = iter(retrieved(answer, body.return_scores) for answer in answers)
+        return ascii_json({"result": [next(documents) if query.strip() else [] for query in body.queries]})
 
     @app.post("/search", response_model=SearchResponse, responses=REFUSED)
     async def search(body: SearchRequest, request: Request) -> Response:
@@ -298,30 +304,30 @@ def make_app(
         answers = await desk.answers(body.queries, body.topk, body.deadline_s, request)
         meters.answered(answers)
         index = answers[0].index if answers else desk.index().identity
-        return ascii_json(
-            {
-                "index": index,
-                "results": [found(answer) for answer in answers],
-                "cached": [answer.cached for answer in answers],
-            }
-        )
+        results, cached = [found(answer) for answer in answers], [answer.cached for answer in answers]
+        return ascii_json({"index": index, "results": results, "cached": cached})
 
+
+def add_documents(app: FastAPI, desk: Desk) -> None:
     @app.get("/document/{id:path}", response_model=PassageResponse, responses=refusals(401, 404, 503))
     async def document(id: str) -> Response:
         """The passage of that id."""
         desk.index()
-        with failures_told(limits.deadline_s):
-            passage = await asyncio.wait_for(asyncio.wrap_future(batches.find(id)), limits.deadline_s)
+        deadline_s = desk.limits.deadline_s
+        with failures_told(deadline_s):
+            passage = await asyncio.wait_for(asyncio.wrap_future(desk.batches.find(id)), deadline_s)
         if passage is None:
             raise HTTPException(404, f"the index has no passage with the id {id!r}")
         return ascii_json({"id": passage.id, "title": passage.title, "text": passage.text})
 
+
+def add_upkeep(app: FastAPI, desk: Desk) -> None:
     @app.post("/reload", response_model=Opened, responses=refusals(401, 409, 503))
     async def reload() -> Response:
         """Open the index directory anew; the index that is open answers meanwhile, and goes on if that fails (409)."""
         identity = desk.index().identity
         try:
-            index = await asyncio.to_thread(batches.reload)
+            index = await asyncio.to_thread(desk.batches.reload)
         except FAILURES as error:
             raise HTTPException(409, f"the index {identity} goes on: {error}") from error
         return ascii_json({"index": index.identity, "rows": index.rows})
@@ -333,6 +339,4 @@ def make_app(
         about = index.describe()
         state = {"status": "ok", "index": index.identity, "rows": index.rows}
         state |= {"kind": about.get("kind"), "encoder": about.get("encoder")}
-        return ascii_json(state | {"queued": batches.queued, "running": batches.running})
-
-    return app
+        return ascii_json(state | {"queued": desk.batches.queued, "running": desk.batches.running})
