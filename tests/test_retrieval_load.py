@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -17,7 +17,7 @@ from otcrl.tools.retrieval.corpus import Passage
 from otcrl.tools.retrieval.encode import HashingEncoder
 from otcrl.tools.retrieval.index import open_index
 from tests.test_batches import PLACES, Watched
-from tests.test_retrieval_server import is_warm, post, serving, serving_batches
+from tests.test_retrieval_server import post, serving, serving_batches, until_warm
 
 
 def waits(url: str, count: int) -> None:
@@ -28,12 +28,18 @@ def waits(url: str, count: int) -> None:
         time.sleep(0.01)
 
 
+def held_up(index: Watched, threads: ThreadPoolExecutor, url: str, *queries: str) -> Future[httpx.Response]:
+    """The answer to a request that is being searched, until `index.free` is set."""
+    index.free.clear()
+    asked = threads.submit(post, url, queries=queries)
+    assert index.entered.wait(10)
+    return asked
+
+
 def test_requests_that_come_during_a_search_are_one_search():
     index = Watched()
     with serving(index, cache_size=0) as url, ThreadPoolExecutor(20) as threads:
-        index.free.clear()
-        calls = [threads.submit(post, url, queries=["Rome"])]
-        assert index.entered.wait(10)
+        calls = [held_up(index, threads, url, "Rome")]
         calls += [threads.submit(post, url, queries=[f"Oslo {i}"]) for i in range(19)]
         waits(url, 19)
         index.free.set()
@@ -45,9 +51,9 @@ def test_requests_that_come_during_a_search_are_one_search():
 def test_queries_past_the_queue_are_refused_and_told_when_to_come_back():
     index = Watched()
     with serving(index, queue=0) as url, ThreadPoolExecutor(4) as threads:  # 64 may be inside, being searched
-        index.free.clear()
-        calls = [threads.submit(post, url, queries=[f"0 {j}" for j in range(20)])]
-        assert index.entered.wait(10)  # else all of them may be one search
+        calls = [
+            held_up(index, threads, url, *(f"0 {j}" for j in range(20)))
+        ]  # the others cannot be one search with it
         calls += [threads.submit(post, url, queries=[f"{i} {j}" for j in range(20)]) for i in (1, 2)]
         waits(url, 40)
         refused = post(url, queries=["x"] * 5)
@@ -61,9 +67,7 @@ def test_queries_past_the_queue_are_refused_and_told_when_to_come_back():
 def test_a_request_past_its_deadline_is_refused_and_its_queries_are_not_searched():
     index = Watched()
     with serving(index) as url, ThreadPoolExecutor(1) as threads:
-        index.free.clear()
-        first = threads.submit(post, url, queries=["Rome"])
-        assert index.entered.wait(10)
+        first = held_up(index, threads, url, "Rome")
         late = post(url, queries=["Oslo"], deadline_s=0.05)
         assert (late.status_code, late.json()["detail"]) == (504, "no answer within deadline_s=0.05")
         index.free.set()
@@ -75,9 +79,7 @@ def test_a_request_past_its_deadline_is_refused_and_its_queries_are_not_searched
 def test_nobody_searches_for_a_client_that_hung_up():
     index = Watched()
     with serving(index) as url, ThreadPoolExecutor(1) as threads:
-        index.free.clear()
-        first = threads.submit(post, url, queries=["Rome"])
-        assert index.entered.wait(10)
+        first = held_up(index, threads, url, "Rome")
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/search", json={"queries": ["Oslo"]}, timeout=0.2)
         while 'outcome="499"' not in httpx.get(f"{url}/metrics").text:
@@ -147,8 +149,7 @@ def test_an_index_is_replaced_under_load_and_no_answer_is_of_two(tmp_path: Path)
 
     batches = Batches(lambda: open_index(served, HashingEncoder()), max_batch=3)
     with serving_batches(batches) as url:
-        while not is_warm(url):
-            time.sleep(0.01)
+        until_warm(url)
         names = asyncio.run(main(url))
     found = [names[identity] for identity in names]
     assert all(len(prefixes) == 1 for prefixes in found)  # what one identity answered is of one index
@@ -164,8 +165,7 @@ def test_a_reload_that_fails_says_why_and_the_old_index_goes_on():
         return index
 
     with serving_batches(Batches(open)) as url:
-        while not is_warm(url):
-            time.sleep(0.01)
+        until_warm(url)
         failed = httpx.post(f"{url}/reload")
         assert failed.status_code == 409
         assert failed.json()["detail"] == "the index A1 goes on: manifest.json cannot be read"

@@ -13,7 +13,6 @@ from itertools import count, cycle, repeat
 from typing import Any
 
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -28,6 +27,7 @@ from otcrl.tools.retrieval.encode import HashingEncoder
 from otcrl.tools.retrieval.index import Hit
 from otcrl.tools.search import SearchTool
 from otcrl.types import Outcome
+from tests.apps import served
 from tests.test_remote import closed_port
 from tests.test_retrieval_server import serving as really_serving
 
@@ -151,20 +151,8 @@ BROKEN = ("500", "502", "503", "504", "302", "204", "cut", "gzip", "huge number"
 @contextmanager
 def serving(fake: Fake, port: int = 0) -> Iterator[str]:
     """Its address; what it is doing at the end is broken off."""
-    listener = socket.create_server(("127.0.0.1", port), backlog=256)
-    config = uvicorn.Config(fake.app(), log_level="critical", ws="none", lifespan="off", timeout_graceful_shutdown=0)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.005)
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join()
-        listener.close()
+    with served(fake.app(), port, breaks_off=True) as url:
+        yield url
 
 
 @contextmanager
