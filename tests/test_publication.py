@@ -1,0 +1,191 @@
+"""Weights on their way to an engine: whole, each by its name, or an error that says which one is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from otcrl.errors import EngineError
+from otcrl.rollout.publication import Message, Publisher, check_delivery
+from otcrl.rollout.snapshot import Manifest, Snapshot, damaged, mapped, read
+from otcrl.rollout.vllm_worker import Receiver
+from tests.tiny import tiny_llama
+
+WEIGHTS = {
+    "a": torch.arange(6.0).view(2, 3),
+    "b": torch.tensor(7, dtype=torch.int64),
+    "c": torch.randn(5, 7).to(torch.bfloat16),
+    "empty": torch.empty(0, 4),
+    "d": torch.randn(3, 4).t(),  # not contiguous
+}
+
+
+@pytest.fixture
+def snapshot():
+    made = Snapshot()
+    yield made
+    made.close()
+
+
+def flip(manifest: Manifest, name: str) -> None:
+    """One bit of one parameter changes on its way."""
+    entry = next(entry for entry in manifest.entries if entry.name == name)
+    mapped(Path(manifest.path), manifest.nbytes)[entry.offset] ^= 1
+
+
+def test_what_is_read_is_what_was_written(snapshot):
+    manifest = Manifest.of(snapshot.write(WEIGHTS.items(), version=3).plain())
+    found = dict(read(manifest))
+    assert manifest.version == 3 and list(found) == list(WEIGHTS) and damaged(manifest) == []
+    for name, tensor in WEIGHTS.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def test_one_flipped_bit_is_found_and_named(snapshot):
+    manifest = snapshot.write(WEIGHTS.items(), version=0)
+    flip(manifest, "c")
+    assert damaged(manifest) == ["c"]
+
+
+def test_a_later_set_replaces_the_earlier_one_whatever_their_sizes(snapshot):
+    for size in (10, 1000, 3):
+        manifest = snapshot.write([("x", torch.full((size,), float(size)))], version=size)
+        assert torch.equal(dict(read(manifest))["x"], torch.full((size,), float(size)))
+
+
+def test_the_file_is_gone_with_its_owner(tmp_path):
+    in_memory, in_folder = Snapshot(), Snapshot(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    in_memory.close()
+    in_folder.close()
+    assert not in_memory.path.exists() and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(EngineError, match="nowhere"):
+        Snapshot(tmp_path / "nowhere")
+
+
+# -- from a learner to a worker ------------------------------------------------------------------------
+
+
+class Runner:
+    """The part of vLLM's model runner that a receiver uses, over a transformers model."""
+
+    def __init__(self, keep: str = "") -> None:
+        self.model, self.keep = tiny_llama(32, seed=1), keep
+
+    def get_model(self) -> torch.nn.Module:
+        return self.model
+
+    def reload_weights(self, weights_iterator) -> None:
+        own = dict(self.model.named_parameters())
+        for name, tensor in weights_iterator:
+            if name != self.keep:
+                own[name].data.copy_(tensor)
+
+
+def worker(keep: str = "") -> Receiver:
+    made = Receiver()
+    made.model_runner = Runner(keep)
+    return made
+
+
+def deliver(message: Message, to: Receiver) -> None:
+    check_delivery([getattr(to, message.method)(message.content)], message)
+
+
+def moved(model: torch.nn.Module, by: float) -> list[tuple[str, Tensor]]:
+    return [(name, p.detach() + by) for name, p in model.named_parameters()]
+
+
+@pytest.fixture
+def learner():
+    return tiny_llama(32, seed=2)
+
+
+@pytest.fixture
+def publisher(learner):
+    made = Publisher(learner, by_handle=False)
+    yield made
+    made.close()
+
+
+def test_a_worker_ends_with_the_learners_weights_and_their_version(learner, publisher):
+    here = worker()
+    for version in range(3):
+        deliver(publisher.prepare(moved(learner, version), version), here)
+        assert here.otcrl_state() == {"version": version}
+        for name, parameter in here.model_runner.model.named_parameters():
+            assert torch.equal(parameter, learner.get_parameter(name) + version)
+
+
+def test_a_damaged_parameter_is_named_and_nothing_is_loaded(learner, publisher):
+    here = worker()
+    deliver(publisher.prepare(learner.named_parameters(), 0), here)
+    message = publisher.prepare(moved(learner, 1), 1)
+    flip(Manifest.of(message.content), "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(EngineError, match=r"version 1 .* damaged: model\.layers\.1\.mlp\.up_proj\.weight$"):
+        deliver(message, here)
+    assert here.otcrl_state() == {"version": 0}
+
+
+def test_a_missing_parameter_is_named_before_anything_travels(learner, publisher):
+    weights = [(name, p) for name, p in learner.named_parameters() if "layers.0.self_attn.v_proj" not in name]
+    with pytest.raises(EngineError, match=r"1 parameters were not among .* model\.layers\.0\.self_attn\.v_proj\.weight"):
+        publisher.prepare(weights, 1)
+
+
+def test_an_unknown_parameter_and_another_shape_are_named(learner, publisher):
+    with pytest.raises(EngineError, match=r"no parameter 'model.norms.weight'. Did you mean 'model.norm.weight'"):
+        publisher.prepare([*learner.named_parameters(), ("model.norms.weight", torch.ones(1))], 1)
+    with pytest.raises(EngineError, match=r"'model.norm.weight' has shape \[3\], and the engine's is \[32\]"):
+        publisher.prepare([*learner.named_parameters(), ("model.norm.weight", torch.ones(3))], 1)
+
+
+def test_a_parameter_that_the_engine_did_not_take_is_named(learner, publisher):
+    here = worker(keep="model.layers.1.self_attn.o_proj.weight")
+    deliver(publisher.prepare(learner.named_parameters(), 0), here)
+    with pytest.raises(EngineError, match=r"kept the old values of model\.layers\.1\.self_attn\.o_proj\.weight when 1"):
+        deliver(publisher.prepare(moved(learner, 1), 1), here)
+
+
+def test_a_parameter_that_the_learner_did_not_change_may_stay(learner, publisher):
+    here = worker()
+    deliver(publisher.prepare(learner.named_parameters(), 0), here)
+    deliver(publisher.prepare(learner.named_parameters(), 1), here)
+
+
+def test_a_worker_that_answers_before_it_has_loaded_is_found_out(learner, publisher):
+    class Late(Receiver):
+        def _otcrl_load(self, weights, version):
+            return {"version": self.otcrl_version, "damaged": [], "unchanged": []}
+
+    here = Late()
+    here.model_runner, here.otcrl_version = Runner(), 0
+    with pytest.raises(EngineError, match="worker 0 has weights of version 0, and 1 was published"):
+        deliver(publisher.prepare(learner.named_parameters(), 1), here)
+
+
+def test_the_file_of_an_earlier_version_is_not_taken_for_the_new_one(learner, publisher):
+    here, old = worker(), Publisher(learner, by_handle=False)
+    stale = old.prepare(learner.named_parameters(), 1)
+    fresh = publisher.prepare(moved(learner, 1), 2)
+    with pytest.raises(EngineError, match="version 2 reached worker 0 damaged: model"):
+        deliver(Message(fresh.method, {**fresh.content, "path": stale.content["path"]}, 2, False), here)
+    old.close()
+
+
+def test_an_engine_that_lost_its_weights_gets_them_again_though_the_learner_went_on(learner, publisher):
+    deliver(publisher.prepare(learner.named_parameters(), 4), worker())
+    published = [p.clone() for p in learner.parameters()]
+    for parameter in learner.parameters():
+        parameter.data += 1
+    here, message = worker(), publisher.again()
+    assert message is not None
+    deliver(message, here)
+    assert here.otcrl_state() == {"version": 4}
+    assert all(torch.equal(a, b) for a, b in zip(here.model_runner.model.parameters(), published, strict=True))
