@@ -85,6 +85,19 @@ def test_a_busy_server_is_asked_again_after_the_time_it_named():
     asyncio.run(use())
 
 
+def test_those_who_are_refused_together_do_not_come_back_together():
+    async def use() -> None:
+        async with scripted(*[429] * 20, 200) as (url, asked):
+            servers = Servers([url])
+            await asyncio.gather(*(servers.request("GET", "/x") for _ in range(20)))
+            first, again = asked[:20], asked[20:]
+            assert len(again) == 20
+            assert min(again) - min(first) >= 1.0
+            assert max(again) - min(again) > 0.1  # of 0.25 s
+
+    asyncio.run(use())
+
+
 def test_while_one_server_is_busy_another_is_asked_at_once():
     async def use() -> None:
         async with scripted(429, 200) as (busy, asked), scripted(200) as (free, _):

@@ -26,6 +26,7 @@ CONNECT_S = 5.0
 BACKOFF_S = 0.05  # after a first failure; doubled by each one that follows
 BUSY_S = 1.0  # after a 429 that does not say how long
 PROBING_S = 0.05  # how often to look whether somebody's probe came back
+JITTER = 0.25  # of a wait, on top of it: those who were refused together do not come back together
 DOWN = (502, 503, 504)
 
 
@@ -113,7 +114,8 @@ class Servers:
             free = [server for server in servers if self._is_free(server, now)]
             if free and now < deadline:
                 return min(free, key=lambda server: (server.outstanding, random.random())).url
-            wait = max(PROBING_S, min(server.not_before for server in servers) - now) * random.uniform(1.0, 1.25)
+            wait = max(PROBING_S, min(server.not_before for server in servers) - now)
+            wait *= 1 + random.uniform(0, JITTER)
             if now + wait > deadline:
                 raise ToolUnavailable("; ".join(f"{server.url}: {server.last_failure}" for server in servers))
             await asyncio.sleep(wait)
