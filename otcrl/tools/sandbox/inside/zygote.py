@@ -106,7 +106,7 @@ class Zygote:
             gc.enable()
             if self.isolated:
                 confine.restrict_syscalls(self.seccomp)
-        except BaseException:  # half a lock is none
+        except BaseException:  # whatever it is: a child that is only half locked up must end here
             traceback.print_exc()
             os._exit(71)
         program.live(3, 4, self.limit)
