@@ -135,7 +135,9 @@ def test_a_damaged_parameter_is_named_and_nothing_is_loaded(learner, publisher):
 
 def test_a_missing_parameter_is_named_before_anything_travels(learner, publisher):
     weights = [(name, p) for name, p in learner.named_parameters() if "layers.0.self_attn.v_proj" not in name]
-    with pytest.raises(EngineError, match=r"1 parameters were not among .* model\.layers\.0\.self_attn\.v_proj\.weight"):
+    with pytest.raises(
+        EngineError, match=r"1 parameters were not among .* model\.layers\.0\.self_attn\.v_proj\.weight"
+    ):
         publisher.prepare(weights, 1)
 
 

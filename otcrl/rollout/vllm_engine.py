@@ -160,6 +160,7 @@ class VLLMEngine:
             logprobs=0,
             flat_logprobs=True,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            ignore_eos=True,  # of the model's config, which may differ from the tokenizer's below
             stop=list(stop),
             stop_token_ids=sorted(self.tokenizer.stop_ids | self._one_token(stop)),
             include_stop_str_in_output=True,

