@@ -1,0 +1,73 @@
+"""The proof that the engine samples from the learner's weights: both say how likely the same few tokens are.
+
+What an engine reports about its weights (names, digests, versions) proves that they arrived. Only its answers prove
+that it computes with them: a parameter loaded into the wrong place, or a cache of old weights, shows here alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from otcrl.errors import TrainingError
+from otcrl.protocols import Engine
+from otcrl.types import Metrics
+
+MOST = 0.3  # nats; two engines that run one model never differ by that much, in whatever type
+LEAST = 1e-4  # nats; float32 on both sides differs by a tenth of it
+ROOM = 10  # times the difference seen first
+
+
+@dataclass(kw_only=True)
+class Proof:
+    every: int  # publications; 0: never
+    probes: int  # token sequences that both score
+    tokens: int  # of each, at most
+    tolerance: float | None  # nats, mean over the tokens; None: from the first publication's difference
+    _found: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("probes", 1), ("tokens", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.tolerance is not None and not self.tolerance > 0:
+            raise ValueError(f"tolerance must be null or above 0, got {self.tolerance}")
+
+    def is_due(self, version: int) -> bool:
+        return bool(self.every) and version % self.every == 0
+
+    def chosen(self, token_ids: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """The shortest of them, cut: what a step learned from shows its update most, and costs least."""
+        usable = sorted((ids for ids in token_ids if len(ids) > 1), key=len)
+        return [ids[: self.tokens] for ids in usable[: self.probes]]
+
+    async def __call__(
+        self,
+        engine: Engine,
+        says: Callable[[Sequence[int]], list[float]],
+        probes: Sequence[Sequence[int]],
+        version: int,
+    ) -> Metrics:
+        """Metrics of the difference. `says`: the learner's log-probs. Raises TrainingError when it is too large."""
+        answers = await asyncio.gather(*(engine.score(ids) for ids in probes))
+        gaps = [
+            abs(a - b)
+            for ids, theirs in zip(probes, answers, strict=True)
+            for a, b in list(zip(theirs, says(ids), strict=True))[1:]
+        ]
+        mean, largest = sum(gaps) / len(gaps), max(gaps)
+        if not mean <= self.allowed():  # NaN is no agreement
+            raise TrainingError(
+                f"after version {version} of the weights was published, the engine's log-probs differ from the "
+                f"learner's by {mean:.3g} nats on average (at most {largest:.3g}) over {len(gaps)} tokens, and "
+                f"{self.allowed():.3g} is allowed: it computes with other weights, though it says that it has these. "
+                "Did it keep the version before, or put a parameter in the wrong place? (sync.tolerance, sync.every)"
+            )
+        self._found = mean if self._found is None else self._found
+        return {"sync/logprob_gap_mean": mean, "sync/logprob_gap_max": largest}
+
+    def allowed(self) -> float:
+        if self.tolerance is not None:
+            return self.tolerance
+        return MOST if self._found is None else min(MOST, max(LEAST, ROOM * self._found))
