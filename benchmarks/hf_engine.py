@@ -145,7 +145,7 @@ def measure(directory: str | None, dtype: torch.dtype, count: int) -> tuple[int,
         "one_prompt_length": timed(lambda: generate(model, even)),
     }
     # last, and not before a `generate`: the engine changes the attention of its model
-    engine = HFEngine(model=model, tokenizer=tokenizer, max_slots=count, context=512, prefill_tokens=4096)
+    engine = HFEngine(model=model, tokenizer=tokenizer, max_sequences=count, context=512, batch_tokens=4096)
     asyncio.run(run_engine(engine, warm_up))
     spent["otcrl"] = timed(lambda: asyncio.run(run_engine(engine, work)))
     asyncio.run(engine.close())

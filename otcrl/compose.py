@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from otcrl.errors import ConfigError, nearest
 from otcrl.presets import conf_dir, groups, options
 
+ENGINE = re.compile(r"^rollout\.engine(?=[.=])")  # where many look for it
 Config = dict[str, Any]  # sections by name; plain values all the way down
 
 
@@ -34,6 +35,7 @@ def compose(overrides: Sequence[str], *, preset: Path | None = None, run: Path |
 
     Raises ConfigError, one line, naming what is wrong and the nearest valid choice.
     """
+    overrides = [ENGINE.sub("engine", text) for text in overrides]
     parsed = [parse(text) for text in overrides]
     for override in parsed:
         if override.is_sweep_override():

@@ -90,6 +90,18 @@ def test_a_group_of_the_users_own_can_be_chosen(demo: Path, capsys: pytest.Captu
     assert printed(capsys, "train", f"conf={demo}", "task=other")["task"] == {"size": 2, "rate": 0.25}
 
 
+@pytest.mark.parametrize("word", ["engine", "rollout.engine"])
+def test_every_preset_runs_on_vllm_by_one_word(word: str):
+    for preset in ("quickstart", "smollm2_search", "smollm2_python"):
+        settings = cli.run_config([f"conf={preset}", f"{word}=vllm"])["engine"]
+        assert settings["_target_"] == "otcrl.rollout.vllm_engine.VLLMEngine"
+        assert settings.keys() == compose_engine("vllm").keys(), "a preset sets only what every engine has"
+
+
+def compose_engine(name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / f"conf/engine/{name}.yaml").read_text())
+
+
 def test_what_is_composed_is_plain_data(demo: Path):
     config = compose([], preset=demo)
     assert yaml.safe_load(to_yaml(config)) == config

@@ -31,7 +31,7 @@ def cuda() -> torch.device:
 def test_the_engines_log_probs_are_the_learners(cuda):
     model, tokenizer = TinyLlama(width=64, layers=2, heads=4, ff_width=96, context=64).load(WORDS, seed=0)
     model = model.to(cuda)  # pyright: ignore[reportArgumentType]
-    engine = HFEngine(model=copy.deepcopy(model), tokenizer=tokenizer, max_slots=8, context=64, prefill_tokens=256)
+    engine = HFEngine(model=copy.deepcopy(model), tokenizer=tokenizer, max_sequences=8, context=64, batch_tokens=256)
 
     async def sample() -> None:
         prompt = tokenizer.prompt_ids("q ?")

@@ -45,7 +45,7 @@ T = TypeVar("T")
 def engine(model: PreTrainedModel | None = None, *, slots: int = 64, context: int = 512, prefill: int = 64) -> HFEngine:
     """Small prefills and a pool that grows, so that ordinary tests cross their edges."""
     model = copy.deepcopy(model if model is not None else tiny_llama(VOCAB))
-    return HFEngine(model=model, tokenizer=TOKENIZER, max_slots=slots, context=context, prefill_tokens=prefill)
+    return HFEngine(model=model, tokenizer=TOKENIZER, max_sequences=slots, context=context, batch_tokens=prefill)
 
 
 def run(work: Coroutine[object, object, T]) -> T:
@@ -163,7 +163,7 @@ def test_the_model_still_respects_padding_elsewhere() -> None:
     ids = torch.tensor([[0, 0, *prompt(0)]])
     padded = {"attention_mask": (ids > 0).long(), "position_ids": (torch.arange(ids.shape[1]) - 2).clamp_min(0)[None]}
     before = model(ids, **padded).logits
-    HFEngine(model=model, tokenizer=TOKENIZER, max_slots=1, context=512, prefill_tokens=64)
+    HFEngine(model=model, tokenizer=TOKENIZER, max_sequences=1, context=512, batch_tokens=64)
     assert torch.allclose(model(ids, **padded).logits, before, atol=1e-5)
 
 
@@ -321,7 +321,7 @@ def test_a_stop_string_may_end_in_a_character_of_several_tokens() -> None:
     single_bytes = HFTokenizer(hf=PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"), chat=False)
 
     async def stop() -> None:
-        target = HFEngine(model=tiny_llama(257), tokenizer=single_bytes, max_slots=1, context=512, prefill_tokens=64)
+        target = HFEngine(model=tiny_llama(257), tokenizer=single_bytes, max_sequences=1, context=512, batch_tokens=64)
         free = await ask(target, [1, 2, 3], max_tokens=300)
         text = single_bytes.decode(free.token_ids)
         accented = next(c for c in text if c.isalpha() and not c.isascii())

@@ -39,8 +39,8 @@ def run(check: Proof, learner: PreTrainedModel, published: PreTrainedModel, vers
 
     async def go() -> dict[str, float]:
         engine = HFEngine(
-            model=tiny_llama(TOKENIZER.vocab_size, seed=7), tokenizer=TOKENIZER, max_slots=4, context=128,
-            prefill_tokens=256,
+            model=tiny_llama(TOKENIZER.vocab_size, seed=7), tokenizer=TOKENIZER, max_sequences=4, context=128,
+            batch_tokens=256,
         )  # fmt: skip
         await engine.load_weights(published.named_parameters(), version)
         try:

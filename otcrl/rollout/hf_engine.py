@@ -30,20 +30,20 @@ class HFEngine:
     wired: ClassVar[frozenset[str]] = frozenset({"model", "tokenizer"})
 
     def __init__(
-        self, *, model: PreTrainedModel, tokenizer: Tokenizer, max_slots: int, context: int, prefill_tokens: int
+        self, *, model: PreTrainedModel, tokenizer: Tokenizer, max_sequences: int, context: int, batch_tokens: int
     ) -> None:
         """`model` is the engine's own copy. Raises ConfigError if the model or a number cannot work."""
-        for name, value in (("max_slots", max_slots), ("context", context), ("prefill_tokens", prefill_tokens)):
+        for name, value in (("max_sequences", max_sequences), ("context", context), ("batch_tokens", batch_tokens)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
         self.context = context
         self.version = 0
-        self._forward = Forward(model, max_rows=max_slots, context=context, prefill_tokens=prefill_tokens)
+        self._forward = Forward(model, max_rows=max_sequences, context=context, batch_tokens=batch_tokens)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf_engine")
         self._tokenizer = tokenizer
         self._vocab = model.config.get_text_config().vocab_size
         self._watched: dict[tuple[str, ...], frozenset[int]] = {}
-        self._rows: list[Session | None] = [None] * max_slots
+        self._rows: list[Session | None] = [None] * max_sequences
         self._sessions: dict[str, Session] = {}  # least recently used first
         self._waiting: list[Session] = []
         self._running: list[Session] = []  # sorted by row

@@ -72,13 +72,13 @@ class Moves:
 
 
 class Forward:
-    def __init__(self, model: PreTrainedModel, *, max_rows: int, context: int, prefill_tokens: int) -> None:
+    def __init__(self, model: PreTrainedModel, *, max_rows: int, context: int, batch_tokens: int) -> None:
         check_model(model, context)
         if model.config._attn_implementation != "eager":
             model.set_attn_implementation(GROUPED_ATTENTION)
         self.model = model.eval()
         self.stats = Stats()
-        self._max_rows, self._context, self._prefill_tokens = max_rows, context, prefill_tokens
+        self._max_rows, self._context, self._batch_tokens = max_rows, context, batch_tokens
         self._pool = KVPool(max_rows=max_rows, max_tokens=context)
         self._is_cut_short = False
 
@@ -122,7 +122,7 @@ class Forward:
                     continue
             if here.missing:
                 todo.append(here)
-        for bucket in by_length([here.missing for here in todo], self._prefill_tokens):
+        for bucket in by_length([here.missing for here in todo], self._batch_tokens):
             self._extend([todo[place] for place in bucket])
         if twins:
             source, target = [original.row for original, _ in twins], [twin.row for _, twin in twins]
@@ -134,7 +134,7 @@ class Forward:
     def _extend(self, batch: Sequence[Session]) -> None:
         rows = [here.row for here in batch]
         while batch[0].missing:  # more than once only if it is alone and longer than one forward may be
-            pieces = [here.ids[here.cached : -1][: self._prefill_tokens] for here in batch]
+            pieces = [here.ids[here.cached : -1][: self._batch_tokens] for here in batch]
             self.model.base_model(**self._inputs(rows, pieces, [here.cached for here in batch]))
             for here, piece in zip(batch, pieces, strict=True):
                 here.cached += len(piece)
