@@ -27,6 +27,11 @@ from otcrl.errors import ConfigError, nearest
 from otcrl.presets import conf_dir, groups, options
 
 ENGINE = re.compile(r"^rollout\.engine(?=[.=])")  # where many look for it
+REFUSED = dict.fromkeys(
+    ("top_p", "top_k", "min_p"),
+    "the learner sees the whole distribution, so it must be sampled from as a whole: there is no such setting, only "
+    "rollout.temperature (docs/mismatch.md)",
+)
 Config = dict[str, Any]  # sections by name; plain values all the way down
 
 
@@ -161,6 +166,8 @@ def explained(error: Exception, stage: Path, overrides: Sequence[str]) -> Config
         return ConfigError(f"no {group} is chosen: add {group}=NAME.{nearest('', options(group))}")
     if unknown := re.match(r"Could not (?:override|delete) '(.+?)'", lines[0]):
         key = getattr(error.__cause__, "full_key", None) or unknown[1]
+        if reason := REFUSED.get(key.rpartition(".")[2]):
+            return ConfigError(f"{key}: {reason}")
         choices = [text for text in overrides if parse(text).key_or_group in groups()]
         if len(choices) < len(overrides):
             return ConfigError(f"{key} is not a setting.{nearest_setting(key, compose_staged(stage, choices))}")

@@ -169,6 +169,7 @@ def test_a_typo_stops_a_sweep_before_its_first_run(demo: Path, capsys: pytest.Ca
     [
         ("algo.raet=1", "algo.raet is not a setting. Did you mean 'algo.rate'?"),
         ("sed=1", "sed is not a setting. Did you mean 'seed'?"),
+        ("rollout.top_p=0.9", "rollout.top_p: the learner sees the whole distribution"),
         ("taks=other", "taks is not a setting. Did you mean 'task'?"),
         ("task=othr", "task=othr: there is no such yaml. Did you mean 'other'?"),
         ("seed=1,2", "'seed=1,2' lists several values: add -m to run each, or write seed=[...]"),
