@@ -1,6 +1,7 @@
 """What a run leaves on disk so that it can go on: a checkpoint is complete or absent.
 
-step-000030/    model/ (a Hugging Face directory)   state.pt (optimizers, critic)   run.json (step, reward state)
+step-000030/    model/ (a Hugging Face directory)   state.pt (optimizers, critic)
+                run.json (step, reward state, frontier of the problems)
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from otcrl.errors import DataError
+from otcrl.rollout.stream import Frontier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +30,7 @@ class Checkpoint:
     path: Path
     step: int
     reward_state: dict[str, int]
+    frontier: Frontier  # of the problems
 
 
 def save(
@@ -36,6 +39,7 @@ def save(
     learner: Learner,
     tokenizer: PreTrainedTokenizerBase,
     reward_state: Mapping[str, int],
+    frontier: Frontier,
     keep: int,
 ) -> Path:
     """Write under a temporary name, then rename; afterwards only the last `keep` are left."""
@@ -46,7 +50,8 @@ def save(
     temporary.mkdir(parents=True)
     save_model(temporary / "model", learner.policy, tokenizer)
     torch.save(learner.state_dict(), temporary / "state.pt")
-    (temporary / "run.json").write_text(json.dumps({"step": step, "reward_state": dict(reward_state)}))
+    run = {"step": step, "reward_state": dict(reward_state), "frontier": asdict(frontier)}
+    (temporary / "run.json").write_text(json.dumps(run))
     for file in temporary.rglob("*"):
         if file.is_file():
             with file.open("rb") as handle:
@@ -75,7 +80,8 @@ def latest(folder: Path) -> Checkpoint:
     if not found:
         raise DataError(f"{folder} holds no complete checkpoint")
     run = json.loads((found[-1] / "run.json").read_text())
-    return Checkpoint(path=found[-1], step=run["step"], reward_state=run["reward_state"])
+    frontier = Frontier(cursor=run["frontier"]["cursor"], pending=tuple(run["frontier"]["pending"]))
+    return Checkpoint(path=found[-1], step=run["step"], reward_state=run["reward_state"], frontier=frontier)
 
 
 def restore(checkpoint: Checkpoint, learner: Learner) -> None:

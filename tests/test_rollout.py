@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import pytest
 from torch import Tensor
 
 from otcrl.dialects.search_r1 import SearchR1
-from otcrl.errors import DataError, ToolUnavailable
+from otcrl.errors import DataError, EngineError, ToolUnavailable
 from otcrl.models.tiny import word_tokenizer
 from otcrl.protocols import Completion, ToolResult
-from otcrl.rollout.collect import Collector, stable_seed
+from otcrl.rollout.collect import Collector, Progress, stable_seed
 from otcrl.rollout.loop import Limits, Player, whole_lines
 from otcrl.types import Outcome, Problem, Stop, Trajectory, count_calls
 
@@ -40,6 +41,7 @@ class Script:
         self.lines, self.finished = list(lines), finished
         self.prompts: list[list[int]] = []
         self.seeds: list[int] = []
+        self.priorities: list[int] = []
         self.released: list[str] = []
 
     async def generate(
@@ -51,14 +53,21 @@ class Script:
         temperature: float,
         seed: int,
         session: str,
+        priority: int = 0,
     ) -> Completion:
         self.prompts.append(list(token_ids))
         self.seeds.append(seed)
+        self.priorities.append(priority)
         ids = TOKENIZER.encode(self.lines.pop(0))[:max_tokens]
         return Completion(ids, [-0.25] * len(ids), [self.version] * len(ids), self.finished)
 
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        raise EngineError("it only says its lines")
+
     def release(self, session: str) -> None:
         self.released.append(session)
+
+    async def sleep(self) -> None: ...
 
     async def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
 
@@ -87,10 +96,22 @@ class Search:
     async def close(self) -> None: ...
 
 
-def play(engine: Script, tool: Search | None = None, problem: Problem = PROBLEM, opening: str = "") -> Trajectory:
-    tool = tool or Search()
-    player = Player(engine=engine, tokenizer=TOKENIZER, dialect=DIALECT, tools={"search": tool}, limits=LIMITS)
-    return asyncio.run(player.play(problem, temperature=1.0, seed=7, session="s", opening=opening))
+def player(engine: Script, tool: Search | None = None, limits: Limits = LIMITS) -> Player:
+    return Player(
+        engine=engine, tokenizer=TOKENIZER, dialect=DIALECT, tools={"search": tool or Search()}, limits=limits
+    )
+
+
+def play(
+    engine: Script,
+    tool: Search | None = None,
+    problem: Problem = PROBLEM,
+    opening: str = "",
+    limits: Limits = LIMITS,
+) -> Trajectory:
+    return asyncio.run(
+        player(engine, tool, limits).play(problem, temperature=1.0, seed=7, session="s", opening=opening)
+    )
 
 
 def actions(t: Trajectory) -> list[str]:
@@ -236,37 +257,114 @@ def test_a_problem_without_a_question_is_refused_by_name():
         play(Script(ANSWER), problem=Problem(id="toy/train/9", question="  ", answers=("b",), source="toy"))
 
 
-def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers():
-    long = Problem(id="toy/train/1", question="a " * 100, answers=("b",), source="toy")
+LONG = Problem(id="toy/train/1", question="a " * 100, answers=("b",), source="toy")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_a_run_with_both_numbers():
     with pytest.raises(DataError, match="prompt of 101 tokens, and the context is 64"):
-        play(Script(ANSWER), problem=long)
+        player(Script()).check(LONG)
 
 
-def collector(engine: Script, seed: int = 0) -> Collector:
-    player = Player(engine=engine, tokenizer=TOKENIZER, dialect=DIALECT, tools={"search": Search()}, limits=LIMITS)
-    return Collector(player=player, group_size=3, temperature=1.0, concurrency=2, seed=seed)
+@pytest.mark.parametrize(
+    ("problem", "opening"),
+    [(LONG, ""), (PROBLEM, "<answer> b " * 40)],
+    ids=["the prompt", "the prompt and a forced opening"],
+)
+def test_what_does_not_fit_into_the_context_ends_its_trajectory_and_nothing_else(problem, opening):
+    t = play(Script(), problem=problem, opening=opening)
+    assert (t.stop, t.answer, actions(t)) == (Stop.MAX_TOKENS, None, [])
 
 
-def test_groups_hold_the_trajectories_of_one_problem_in_order():
-    other = Problem(id="toy/train/1", question="who ?", answers=("b",), source="toy")
-    groups = asyncio.run(collector(Script(*[ANSWER] * 6)).groups([PROBLEM, other], step=0))
-    assert [[t.problem.id for t in g] for g in groups] == [["toy/train/0"] * 3, ["toy/train/1"] * 3]
+def test_an_observation_that_fills_the_context_ends_the_trajectory():
+    tool = Search(result="a " * 60)
+    t = play(Script(CALL), tool, limits=replace(LIMITS, max_tokens=1000, max_observation_tokens=100))
+    assert (t.stop, len(actions(t)), t.answer) == (Stop.MAX_TOKENS, 3, None)
+    assert len(t.token_ids) > Script.context
 
 
-def test_every_trajectory_has_a_seed_of_its_own_fixed_by_run_step_and_place():
-    def seeds(step: int, seed: int = 0) -> list[int]:
-        engine = Script(*[ANSWER] * 3)
-        asyncio.run(collector(engine, seed).groups([PROBLEM], step))
-        return engine.seeds
+# -- one trajectory among many --------------------------------------------------------------------------
 
-    assert len(set(seeds(0))) == 3
-    assert seeds(0) == seeds(0)
-    assert not set(seeds(0)) & set(seeds(1))
-    assert not set(seeds(0)) & set(seeds(0, seed=1))
+
+def test_who_has_made_more_turns_goes_first():
+    engine = Script(CALL, CALL, ANSWER)
+    play(engine)
+    assert engine.priorities == [0, -1, -2]
+
+
+SHORT = replace(LIMITS, timeout_s=0.05)
+
+
+class Stuck(Script):
+    """An engine that has said its lines and then never answers."""
+
+    was_cancelled = False
+
+    async def generate(self, token_ids: Sequence[int], **settings) -> Completion:
+        if self.lines:
+            return await super().generate(token_ids, **settings)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            self.was_cancelled = True
+            raise
+        raise AssertionError("nobody waits that long")
+
+
+def test_a_trajectory_past_its_deadline_is_void_and_its_request_is_cancelled():
+    engine, tool = Stuck(CALL), Search()
+    t = play(engine, tool, limits=SHORT)
+    assert (t.stop, t.timings["deadline_s"]) == (Stop.VOID, 0.05)
+    assert engine.was_cancelled
+    assert (tool.released, engine.released) == (["s"], ["s"])
+    assert actions(t) == CALL.split()
+
+
+def test_a_trajectory_whose_tool_is_past_the_deadline_says_which():
+    t = play(Script(CALL, CALL), Search(seconds=60), limits=replace(SHORT, tool_timeout_s=30))
+    assert (t.stop, t.timings["deadline_s"]) == (Stop.VOID, 0.05)
+    assert [(call.tool, call.outcome) for call in t.tool_calls] == [("search", Outcome.INFRA_ERROR)]
+
+
+def test_a_tools_own_timeout_is_not_the_trajectorys():
+    t = play(Script(CALL), Search(seconds=60), limits=replace(LIMITS, tool_timeout_s=0.02, timeout_s=30))
+    assert t.stop is Stop.VOID
+    assert "deadline_s" not in t.timings
+
+
+def test_a_trajectory_in_time_knows_of_no_deadline():
+    assert "deadline_s" not in play(Script(ANSWER), limits=SHORT).timings
+
+
+def test_an_engine_that_runs_into_a_timeout_of_its_own_is_not_taken_for_a_late_trajectory():
+    class Failing(Script):
+        async def generate(self, token_ids: Sequence[int], **settings) -> Completion:
+            raise TimeoutError("the engine's")
+
+    with pytest.raises(TimeoutError, match="the engine's"):
+        play(Failing(), limits=SHORT)
+
+
+# -- many trajectories ------------------------------------------------------------------------------------
+
+
+def evaluated(engine: Script, names: Sequence[str], seed: int = 0, progress: Progress | None = None) -> Script:
+    collector = Collector(player=player(engine), group_size=3, temperature=1.0, concurrency=2, seed=seed)
+    asyncio.run(collector.play([PROBLEM] * len(names), names, 0.0, "", progress))
+    return engine
+
+
+def test_every_trajectory_has_a_seed_of_its_own_fixed_by_the_run_and_its_name():
+    def seeds(names: str, seed: int = 0) -> list[int]:
+        return evaluated(Script(*[ANSWER] * 3), list(names), seed).seeds
+
+    assert len(set(seeds("abc"))) == 3
+    assert seeds("abc") == seeds("abc")
+    assert not set(seeds("abc")) & set(seeds("def"))
+    assert not set(seeds("abc")) & set(seeds("abc", seed=1))
     assert 0 <= stable_seed(0, "x") < 2**63
 
 
 def test_progress_is_told_for_every_trajectory():
     told: list[tuple[int, int]] = []
-    asyncio.run(collector(Script(*[ANSWER] * 3)).groups([PROBLEM], 0, lambda done, total: told.append((done, total))))
+    evaluated(Script(*[ANSWER] * 3), ["a", "b", "c"], progress=lambda done, total: told.append((done, total)))
     assert told == [(1, 3), (2, 3), (3, 3)]

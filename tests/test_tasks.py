@@ -105,6 +105,12 @@ def test_a_step_always_gives_the_same_problems(task: Task) -> None:
     assert task.sample(3, 5) != task.sample(4, 5)
 
 
+def test_problems_are_one_sequence_of_which_every_step_takes_the_next(task: Task) -> None:
+    whole = task.sample(0, 60)
+    for count in (1, 4, 5):
+        assert [p for step in range(60 // count) for p in task.sample(step, count)] == whole
+
+
 def test_steps_walk_through_the_epoch_without_repeating_a_place(task: Task) -> None:
     epoch = Counter(
         p.id for step in range(4) for p in task.sample(step, 5 if isinstance(task, QuestionAnswering) else 20)

@@ -6,8 +6,7 @@ import asyncio
 import hashlib
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from otcrl.errors import OtcrlError
@@ -32,15 +31,11 @@ class Collector:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
 
-    async def groups(
-        self, problems_P: Sequence[Problem], step: int, progress: Progress | None = None
-    ) -> list[list[Trajectory]]:
-        """[P][G] trajectories, sampled for training."""
-        repeated = [p for p in problems_P for _ in range(self.group_size)]
-        attempts = defaultdict[str, Iterator[int]](itertools.count)  # a problem may come twice in a step
-        names = [f"step {step}/{p.id}/{next(attempts[p.id])}" for p in repeated]
-        flat = await self.play(repeated, names, self.temperature, "", progress)
-        return [flat[i : i + self.group_size] for i in range(0, len(flat), self.group_size)]
+    async def group(
+        self, problem: Problem, names: Sequence[str], slots: asyncio.Semaphore, count: Callable[[], None]
+    ) -> list[Trajectory]:
+        """[G] trajectories of one problem, sampled for training; each takes one of the `slots`, and is counted."""
+        return await self._all([problem] * len(names), names, self.temperature, "", slots, count)
 
     async def play(
         self,
@@ -51,17 +46,29 @@ class Collector:
         progress: Progress | None = None,
     ) -> list[Trajectory]:
         """One trajectory for each problem, in their order. A name fixes its trajectory's random draws."""
-        slots, done = asyncio.Semaphore(self.concurrency), 0
+        done = itertools.count(1)
 
+        def count() -> None:
+            if progress:
+                progress(next(done), len(problems))
+
+        return await self._all(problems, names, temperature, opening, asyncio.Semaphore(self.concurrency), count)
+
+    async def _all(
+        self,
+        problems: Sequence[Problem],
+        names: Sequence[str],
+        temperature: float,
+        opening: str,
+        slots: asyncio.Semaphore,
+        count: Callable[[], None],
+    ) -> list[Trajectory]:
         async def one(problem: Problem, name: str) -> Trajectory:
-            nonlocal done
             async with slots:
                 trajectory = await self.player.play(
                     problem, temperature=temperature, seed=stable_seed(self.seed, name), session=name, opening=opening
                 )
-            done += 1
-            if progress:
-                progress(done, len(problems))
+            count()
             return trajectory
 
         try:

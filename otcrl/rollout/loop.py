@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from otcrl.errors import DataError, ToolUnavailable
 from otcrl.protocols import Answer, Call, Completion, Dialect, Engine, Malformed, Tokenizer, Tool, ToolResult
-from otcrl.types import Outcome, Problem, Stop, ToolCall, Trajectory
+from otcrl.types import Metrics, Outcome, Problem, Stop, ToolCall, Trajectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,7 @@ class Limits:
     max_turn_tokens: int  # sampled tokens in one completion
     max_observation_tokens: int  # a longer result is cut after the last line that is whole
     tool_timeout_s: float
+    timeout_s: float | None = None  # of the whole trajectory; None: as long as it takes
 
     def __post_init__(self) -> None:
         if self.max_calls < 0:
@@ -35,6 +36,8 @@ class Limits:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.tool_timeout_s > 0:
             raise ValueError(f"tool_timeout_s must be above 0, got {self.tool_timeout_s}")
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise ValueError(f"timeout_s must be null or above 0, got {self.timeout_s}")
 
 
 @dataclass(slots=True)
@@ -50,6 +53,9 @@ class Draft:
     answer: str | None = None
     generate_s: float = 0.0
     prompt_length: int = 0
+    begun: float = field(default_factory=time.monotonic)
+    waits_for: ToolCall | None = None  # the call that runs, as it is recorded should it never come back
+    deadline_s: float | None = None  # the one that it has passed
 
     def inject(self, ids: list[int]) -> None:
         self.token_ids += ids
@@ -69,6 +75,11 @@ class Draft:
         self.logprobs += [0.0] * missing
         self.versions += [-1] * missing
 
+    def timings(self) -> Metrics:
+        tool_s = sum(call.seconds for call in self.calls)
+        spent = {"total_s": time.monotonic() - self.begun, "generate_s": self.generate_s, "tool_s": tool_s}
+        return spent if self.deadline_s is None else spent | {"deadline_s": self.deadline_s}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Player:
@@ -81,32 +92,35 @@ class Player:
     limits: Limits
 
     def open(self, problem: Problem) -> list[int]:
-        """The ids that open a trajectory. Raises DataError when they are none, or leave no room to answer."""
+        """The ids that open a trajectory. Raises DataError when there are none."""
         ids = self.tokenizer.prompt_ids(self.dialect.prompt(problem, self.tools))
         if not problem.question.strip() or not ids:
             raise DataError(f"problem {problem.id!r} has an empty prompt")
+        return ids
+
+    def check(self, problem: Problem) -> None:
+        """Before a run: raises DataError for a prompt that is empty, or leaves no room to answer."""
+        ids = self.open(problem)
         if len(ids) >= self.engine.context:
             raise DataError(
                 f"problem {problem.id!r} has a prompt of {len(ids)} tokens, and the context is "
                 f"{self.engine.context}: raise engine.context or drop the problem"
             )
-        return ids
 
     async def play(
         self, problem: Problem, *, temperature: float, seed: int, session: str, opening: str = ""
     ) -> Trajectory:
-        """One trajectory. `opening` is injected after the prompt (evaluation: to force a call or an answer)."""
+        """One trajectory. `opening` is injected after the prompt (evaluation: to force a call or an answer).
+
+        One that does not fit into the context, or that takes too long, is over: it never stops the others.
+        """
         draft = Draft(self.open(problem))
         draft.prompt_length = len(draft.token_ids)
         if opening:
             draft.token_ids += self.tokenizer.encode(opening)
         draft.pad()
-        begun = time.monotonic()
-        stop = None
         try:
-            while stop is None:
-                stop = await self._turn(draft, opening, temperature=temperature, seed=seed, session=session)
-                opening = ""
+            stop = await self._turns(draft, opening, temperature=temperature, seed=seed, session=session)
         finally:
             self.engine.release(session)
             for tool in self.tools.values():
@@ -122,12 +136,25 @@ class Player:
             violations=self.dialect.violations(draft.turns, self.tools),
             stop=stop,
             response=self.tokenizer.decode(draft.token_ids[draft.prompt_length :]),
-            timings={
-                "total_s": time.monotonic() - begun,
-                "generate_s": draft.generate_s,
-                "tool_s": sum(call.seconds for call in draft.calls),
-            },
+            timings=draft.timings(),
         )
+
+    async def _turns(self, draft: Draft, opening: str, *, temperature: float, seed: int, session: str) -> Stop:
+        """Turn after turn until one is the last, or the deadline passes."""
+        deadline = asyncio.timeout(self.limits.timeout_s)
+        try:
+            async with deadline:
+                stop = None
+                while stop is None:
+                    stop = await self._turn(draft, opening, temperature=temperature, seed=seed, session=session)
+                    opening = ""
+                return stop
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            draft.deadline_s = self.limits.timeout_s
+            draft.calls += [draft.waits_for] if draft.waits_for else []
+            return Stop.VOID
 
     async def _turn(self, draft: Draft, opening: str, *, temperature: float, seed: int, session: str) -> Stop | None:
         """One completion and what it asks for. Returns why the trajectory is over, or None."""
@@ -145,6 +172,7 @@ class Player:
             temperature=temperature,
             seed=seed,
             session=session,
+            priority=-len(draft.turns),  # who is nearly done goes first
         )
         draft.generate_s += time.monotonic() - begun
         text = opening + self.tokenizer.decode(completion.token_ids)
@@ -163,7 +191,9 @@ class Player:
                 if done == self.limits.max_calls:
                     draft.calls.append(ToolCall(tool, arguments, "", Outcome.OVER_BUDGET))
                     return Stop.MAX_CALLS
+                draft.waits_for = ToolCall(tool, arguments, "not back before the deadline", Outcome.INFRA_ERROR)
                 call = await run_call(self.tools[tool], arguments, session, self.limits.tool_timeout_s)
+                draft.waits_for = None
             case Malformed(why):
                 call = ToolCall("", text, f"Error: {why}", Outcome.INVALID)
             case _:
