@@ -15,12 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from otcrl.errors import DataError
-from otcrl.rollout.stream import Frontier
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from otcrl.learner.learner import Learner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frontier:
+    """How far a run has come in its problems: all below `cursor` that are not pending have been consumed."""
+
+    cursor: int  # number of the first problem that was never begun
+    pending: tuple[int, ...] = ()  # numbers of problems that were begun and not consumed, ascending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +37,7 @@ class Checkpoint:
     path: Path
     step: int
     reward_state: dict[str, int]
-    frontier: Frontier  # of the problems
+    frontier: Frontier
 
 
 def save(
@@ -75,11 +82,13 @@ def complete(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Checkpoint:
-    """The newest complete checkpoint. Raises DataError when there is none."""
+    """The newest complete checkpoint. Raises DataError when there is none, or it lacks what this version needs."""
     found = complete(folder)
     if not found:
         raise DataError(f"{folder} holds no complete checkpoint")
     run = json.loads((found[-1] / "run.json").read_text())
+    if "frontier" not in run:
+        raise DataError(f"{found[-1]} does not say which problems have been asked: an earlier otcrl wrote it")
     frontier = Frontier(cursor=run["frontier"]["cursor"], pending=tuple(run["frontier"]["pending"]))
     return Checkpoint(path=found[-1], step=run["step"], reward_state=run["reward_state"], frontier=frontier)
 

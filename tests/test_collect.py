@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from otcrl.checkpoint import Frontier
 from otcrl.dialects.search_r1 import SearchR1
 from otcrl.errors import EngineError
 from otcrl.models.tiny import word_tokenizer
@@ -21,7 +22,7 @@ from otcrl.protocols import Completion
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Limits, Player
 from otcrl.rollout.schedule import Group, Harvest, Rollouts, Schedule
-from otcrl.rollout.stream import Frontier, Stream
+from otcrl.rollout.stream import Stream
 from otcrl.types import Problem
 from tests.virtual import run
 

@@ -205,10 +205,15 @@ class Player:
         return None
 
     def _observation(self, result: str) -> list[int]:
+        """Ids that carry a result. Tokenizing is most of what a rollout costs here: once, where nothing must be cut."""
+        whole = self.tokenizer.encode(self.dialect.observation(result))
+        if len(whole) <= self.limits.max_observation_tokens:
+            return whole
         ids = self.tokenizer.encode(result)
-        if len(ids) > self.limits.max_observation_tokens:
-            result = whole_lines(self.tokenizer.decode(ids[: self.limits.max_observation_tokens]), result)
-        return self.tokenizer.encode(self.dialect.observation(result))
+        if len(ids) <= self.limits.max_observation_tokens:
+            return whole
+        cut = whole_lines(self.tokenizer.decode(ids[: self.limits.max_observation_tokens]), result)
+        return self.tokenizer.encode(self.dialect.observation(cut))
 
 
 def whole_lines(cut: str, text: str) -> str:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+from otcrl.checkpoint import Frontier
 from otcrl.errors import EngineError
 from otcrl.rollout.collect import Collector, Progress
-from otcrl.rollout.stream import Frontier, Stream
+from otcrl.rollout.stream import Stream
 from otcrl.types import Metrics, Problem, Reward, Trajectory
 
 

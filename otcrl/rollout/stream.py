@@ -5,18 +5,10 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 
+from otcrl.checkpoint import Frontier
 from otcrl.types import Problem
-
-
-@dataclass(frozen=True, kw_only=True)
-class Frontier:
-    """How far a run has come in its problems: all below `cursor` that are not pending have been consumed."""
-
-    cursor: int  # number of the first problem that was never begun
-    pending: tuple[int, ...] = ()  # numbers of problems that were begun and not consumed, ascending
 
 
 class Stream:
