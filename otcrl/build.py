@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from otcrl import checkpoint
+from otcrl.algos.mismatch import Correction
 from otcrl.compose import load, to_yaml
-from otcrl.construct import check_section, construct, construct_as
+from otcrl.construct import Constructor, check_section, construct, construct_as, locate, wired_parts
 from otcrl.errors import ConfigError, DataError
 from otcrl.experiment import Evaluate, Experiment, cold_start, evaluate, run_experiment
 from otcrl.learner.learner import Learner
+from otcrl.learner.proof import Proof
+from otcrl.learner.thread import LearnerThread
 from otcrl.loggers import Loggers
 from otcrl.loggers.jsonl import JsonlLogger
 from otcrl.loggers.progress import Bars
@@ -28,6 +31,8 @@ from otcrl.presets import conf_dir
 from otcrl.protocols import Algorithm, Dialect, Engine, Logger, Malformed, Task, Tool
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Limits, Player
+from otcrl.rollout.schedule import Rollouts, Schedule
+from otcrl.rollout.stream import Stream
 from otcrl.sft import Sft, batch
 from otcrl.tools.retrieval.corpus import Passage
 from otcrl.train import Loop, Run
@@ -61,9 +66,11 @@ def run_train(cfg: Config) -> None:
                 seconds = 0.0
                 checkpoint.restore(resumed, run.learner)
                 run.reward.load_state_dict(resumed.reward_state)
+                run.rollouts.restore(resumed.frontier)
             experiment = Experiment(run=run, evaluate=config, first_step=first_step, sft_seconds=seconds)
             asyncio.run(closing(run_experiment(experiment), world, run.engine))
         finally:
+            run.thread.close()
             run.logger.close()
 
 
@@ -96,10 +103,12 @@ def run_eval(cfg: Config) -> None:
         target = "otcrl.tasks.question_answering.QuestionAnswering"
         match = {"match": "math"} if "arithmetic" in cfg["task"].get("_target_", "") else {}
         cfg = {**cfg, "task": {"_target_": target, "test": cfg["data"], **match}}
-    world = build_world(cfg)
+    needs_model = "model" in wired_parts(engine_class(cfg))  # an endpoint elsewhere has its own
+    world = build_world(cfg, weights=needs_model)
     if not world.task.held_out():
         raise ConfigError("the task has no evaluation problems: name a file, data=FILE")
-    engine = construct(cfg["engine"], "engine", model=world.model.eval(), tokenizer=world.tokenizer)
+    parts = {"model": world.model.eval()} if needs_model else {}
+    engine = construct(cfg["engine"], "engine", tokenizer=world.tokenizer, **parts)
     collector = build_collector(cfg, world, engine)
     folder = Path(run or cfg["run_dir"]) / "eval"
     with unwritable(folder):
@@ -118,12 +127,17 @@ class World:
     task: Task
     tools: Mapping[str, Tool]
     dialect: Dialect
-    model: PreTrainedModel
+    weights: PreTrainedModel | None  # None: only its tokenizer was asked for
     tokenizer: HFTokenizer
     sft: Sft
 
+    @property
+    def model(self) -> PreTrainedModel:
+        assert self.weights is not None, "whoever needs a model builds the world with weights"
+        return self.weights
 
-def build_world(cfg: Config) -> World:
+
+def build_world(cfg: Config, *, weights: bool = True) -> World:
     import torch
     from transformers.utils import logging
 
@@ -140,11 +154,12 @@ def build_world(cfg: Config) -> World:
     words = task.words() if hasattr(task, "words") else ()
     dialect = construct(cfg["dialect"], "dialect")
     sft = construct_as(Sft, cfg["sft"], "sft")
-    model, tokenizer = construct(cfg["model"], "model").load(words, cfg["seed"])
+    source = construct(cfg["model"], "model")
+    model, tokenizer = source.load(words, cfg["seed"]) if weights else (None, source.load_tokenizer(words))
     for stop in dialect.stop(tools):
         if stop not in tokenizer.decode(tokenizer.encode(stop)):
             raise DataError(f"the tokenizer has no tokens for {stop!r}, which the dialect needs")
-    return World(task=task, tools=tools, dialect=dialect, model=model, tokenizer=tokenizer, sft=sft)
+    return World(task=task, tools=tools, dialect=dialect, weights=model, tokenizer=tokenizer, sft=sft)
 
 
 def build_learner(cfg: Config, world: World, algo: Algorithm, collector: Collector, loop: Loop) -> Learner:
@@ -168,22 +183,50 @@ def build_learner(cfg: Config, world: World, algo: Algorithm, collector: Collect
     )
 
 
+def build_engine(cfg: Config, world: World) -> Engine:
+    """An engine to train with: one that holds its weights in this process needs a model of its own."""
+    kind = engine_class(cfg)
+    if not getattr(kind, "trains", True):
+        raise ConfigError(f"engine is {kind.__name__}, which only evaluates: train with hf, vllm or vllm_servers")
+    model = world.model
+    if not getattr(kind, "shares_weights", False):
+        model = copy.deepcopy(model).requires_grad_(False).eval()
+    return construct(cfg["engine"], "engine", model=model, tokenizer=world.tokenizer)
+
+
+def engine_class(cfg: Config) -> Constructor[Engine]:
+    check_section(cfg["engine"], "engine")
+    return locate(cfg["engine"].get("_target_"), "engine._target_")
+
+
 def build_collector(cfg: Config, world: World, engine: Engine) -> Collector:
     check_section(cfg["rollout"], "rollout")
     settings = {**cfg["rollout"]}
+    settings.pop("schedule", None)  # of training
     limits = construct_as(Limits, settings.pop("limits", None), "rollout.limits")
     player = Player(engine=engine, tokenizer=world.tokenizer, dialect=world.dialect, tools=world.tools, limits=limits)
     return construct_as(Collector, settings, "rollout", player=player, seed=cfg["seed"])
+
+
+def build_rollouts(cfg: Config, task: Task, collector: Collector, loop: Loop) -> Rollouts:
+    schedule = construct_as(Schedule, cfg["rollout"].get("schedule"), "rollout.schedule")
+    if schedule.only_signal and collector.group_size < 2:
+        raise ConfigError("rollout.schedule.only_signal compares the trajectories of a group: use group_size 2 or more")
+    stream = Stream(task.sample, loop.problems_per_step)
+    return Rollouts(
+        collector=collector, stream=stream, schedule=schedule, per_step=loop.problems_per_step, steps=loop.steps
+    )
 
 
 def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
     """Whatever can be refused is refused here, before the cold start and before an earlier run is moved."""
     loop = construct_as(Loop, cfg["loop"], "loop")
     algo = construct(cfg["algo"], "algo")
+    correction = construct_as(Correction, cfg["correction"], "correction")
     reward = construct(cfg["reward"], "reward", correct=world.task.correct)
-    sampler = copy.deepcopy(world.model).requires_grad_(False).eval()
-    engine = construct(cfg["engine"], "engine", model=sampler, tokenizer=world.tokenizer)
+    engine = build_engine(cfg, world)
     collector = build_collector(cfg, world, engine)
+    rollouts = build_rollouts(cfg, world.task, collector, loop)
     learner = build_learner(cfg, world, algo, collector, loop)
     check_questions(collector.player, world.task, loop)
     if world.sft.steps and not first_step:
@@ -197,9 +240,13 @@ def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
         collector=collector,
         reward=reward,
         algo=algo,
+        correction=correction,
         learner=learner,
         engine=engine,
+        proof=construct_as(Proof, cfg["sync"], "sync"),
         tokenizer=world.tokenizer,
+        rollouts=rollouts,
+        thread=LearnerThread(),
         logger=Loggers(loggers),
         loop=loop,
         folder=folder,
@@ -252,7 +299,7 @@ def check_questions(player: Player, task: Task, loop: Loop) -> None:
     if not held_out:
         raise ConfigError("the task has no evaluation problems, and a run is judged by them")
     for problem in (*asked, *held_out[:MOST_CHECKED]):
-        player.open(problem)
+        player.check(problem)
 
 
 def check_demonstrations(world: World) -> None:

@@ -20,7 +20,7 @@ from otcrl.protocols import Dialect, Task
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.transcripts import write_transcripts
 from otcrl.sft import Sft, train_sft
-from otcrl.train import Bars, Run, train
+from otcrl.train import Bars, Run, publish, train
 from otcrl.types import COUNTERS, Metrics, Problem, Trajectory
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def cold_start(
 async def run_experiment(experiment: Experiment) -> None:
     """Evaluate, train, evaluate, and write summary.json and the before/after table."""
     run, config = experiment.run, experiment.evaluate
-    await run.engine.load_weights(run.learner.weights(), version=experiment.first_step)
+    await publish(run, experiment.first_step, probes(run))
     begun = time.monotonic()
     before = await report_before(experiment) if config.before else None
     before_s = time.monotonic() - begun
@@ -100,6 +100,11 @@ async def run_experiment(experiment: Experiment) -> None:
     }
     (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     show(after, before)
+
+
+def probes(run: Run) -> list[list[int]]:
+    """Prompts, for the proof of the first publication: there are no trajectories yet."""
+    return [run.collector.player.open(problem) for problem in run.task.held_out()[:8]]
 
 
 def figures(report: Report | None) -> dict[str, float | None] | None:

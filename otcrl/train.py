@@ -6,28 +6,29 @@ Read `train_step` first: it is the whole method, one line per arrow of the data 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from otcrl import checkpoint
-from otcrl.errors import TrainingError
+from otcrl.algos.mismatch import Correction, check_agreement, corrected
 from otcrl.evaluate.metrics import by_source
+from otcrl.learner.proof import Proof
+from otcrl.learner.thread import LearnerThread
 from otcrl.protocols import Algorithm, Engine, Logger, RewardFn, Task
 from otcrl.rollout.collect import Collector, Progress
+from otcrl.rollout.schedule import Group, Rollouts
+from otcrl.rollout.scoring import check_void, has_signal, score
 from otcrl.rollout.transcripts import write_transcripts
 from otcrl.types import (
     COUNTERS,
     Batch,
     Metrics,
-    Outcome,
-    Reward,
     Stop,
     Targets,
-    Trajectory,
     count_calls,
     pack,
 )
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from otcrl.learner.learner import Learner
     from otcrl.models.tokenizer import HFTokenizer
 
-Groups = list[list[Trajectory]]
 Bars = Callable[[str], Progress]  # a named progress bar
 
 
@@ -50,6 +50,7 @@ class Loop:
     keep_checkpoints: int
     transcripts_every: int  # steps; 0: never
     max_void_share: float  # of one step's trajectories, lost to infrastructure; more stops the run
+    max_logprob_gap: float | None  # nats, mean |log pi - log mu| of a step; more stops the run; None: never
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -63,6 +64,8 @@ class Loop:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not 0 <= self.max_void_share <= 1:
             raise ValueError(f"max_void_share must be a share between 0 and 1, got {self.max_void_share}")
+        if self.max_logprob_gap is not None and not self.max_logprob_gap > 0:
+            raise ValueError(f"max_logprob_gap must be null or above 0, got {self.max_logprob_gap}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +76,13 @@ class Run:
     collector: Collector
     reward: RewardFn
     algo: Algorithm
+    correction: Correction
     learner: Learner
     engine: Engine
+    proof: Proof
     tokenizer: HFTokenizer
+    rollouts: Rollouts
+    thread: LearnerThread
     logger: Logger
     loop: Loop
     folder: Path
@@ -85,63 +92,66 @@ class Run:
 async def train_step(step: int, run: Run) -> Metrics:
     """One optimisation step: problems in, new weights out."""
     clock = Stopwatch()
-    problems_P = run.task.sample(step, run.loop.problems_per_step)
-    trajectories_PG = await run.collector.groups(problems_P, step, run.bars(f"step {step} rollout"))
-    kept_PG = kept(trajectories_PG, run.loop.max_void_share)
+    signal = partial(has_signal, run.reward)
+    harvest = await run.rollouts.collect(step, signal, run.bars(f"step {step} rollout"))
+    check_void(harvest.groups, run.loop.max_void_share)
     clock.lap("rollout")
-    rewards_PG = run.reward(kept_PG)
-    clock.lap("reward")
-    batch = pack(
-        [list(zip(*pair, strict=True)) for pair in zip(kept_PG, rewards_PG, strict=True)], run.tokenizer.pad_id
-    )
-    scores = run.learner.score(batch)
-    targets = run.algo.targets(batch, scores)
-    clock.lap("score")
-    update_metrics = run.learner.update(step, batch, scores, targets, run.algo, run.bars(f"step {step} update"))
-    clock.lap("update")
-    await run.engine.load_weights(run.learner.weights(), version=step + 1)
-    clock.lap("sync")
-
+    score(run.reward, [group for group in harvest.groups if group.scored is None])
+    seen = rollout_metrics(harvest.groups) | harvest.metrics()
+    scored_PG = [group.scored for group in harvest.groups if group.scored]
     if run.loop.transcripts_every and step % run.loop.transcripts_every == 0:
-        scored = [pair for ts, rs in zip(kept_PG, rewards_PG, strict=True) for pair in zip(ts, rs, strict=True)]
-        write_transcripts(run.folder / "transcripts.jsonl", step, scored)
-    seen = rollout_metrics(trajectories_PG, kept_PG, rewards_PG)
-    tokens = sum(len(t.token_ids) for group in kept_PG for t in group)
-    return seen | sign_reversals(batch, targets) | update_metrics | clock.metrics(tokens)
+        write_transcripts(run.folder / "transcripts.jsonl", step, (pair for group in scored_PG for pair in group))
+    tokens = sum(len(t.token_ids) for group in scored_PG for t, _ in group)
+    clock.lap("reward")
+    learned_PG = [group.scored for group in harvest.groups if group.scored and group.fills]
+    if not learned_PG:
+        return seen | {"rollout/skipped": 1.0} | clock.metrics(tokens)
+    batch = pack(learned_PG, run.tokenizer.pad_id)
+    if run.rollouts.idle:
+        await run.engine.sleep()
+    scores = await run.thread(run.learner.score, batch)
+    targets, weight_metrics = corrected(run.algo.targets(batch, scores), batch, scores, run.correction)
+    clock.lap("score")
+    bar = run.bars(f"step {step} update")
+    update_metrics = await run.thread(run.learner.update, step, batch, scores, targets, run.algo, bar)
+    check_agreement(step, update_metrics, run.loop.max_logprob_gap)
+    clock.lap("update")
+    learned = [t.token_ids for pairs in learned_PG for t, _ in pairs]
+    proof_metrics = await publish(run, step + 1, learned)
+    clock.lap("sync")
+    seen |= sign_reversals(batch, targets) | weight_metrics
+    return seen | update_metrics | proof_metrics | clock.metrics(tokens)
+
+
+async def publish(run: Run, version: int, token_ids: Sequence[Sequence[int]]) -> Metrics:
+    """The engine has the learner's weights, and proves it on some of `token_ids`. Raises TrainingError if it has not."""
+    await run.engine.load_weights(run.learner.weights(), version)
+    if not run.proof.is_due(version):
+        return {}
+    return await run.proof(run.engine, partial(run.thread, run.learner.says), run.proof.chosen(token_ids), version)
 
 
 async def train(run: Run, first_step: int = 0) -> None:
     """Steps `first_step` up to `loop.steps`, logged, with checkpoints."""
     folder, loop = run.folder / "checkpoints", run.loop
-    for step in range(first_step, loop.steps):
-        run.logger.log(await train_step(step, run), step)
-        done = step + 1
-        if done == loop.steps or (loop.checkpoint_every and done % loop.checkpoint_every == 0):
-            state = run.reward.state_dict()
-            checkpoint.save(folder, done, run.learner, run.tokenizer.hf, state, loop.keep_checkpoints)
+    try:
+        for step in range(first_step, loop.steps):
+            run.logger.log(await train_step(step, run), step)
+            done = step + 1
+            if done == loop.steps or (loop.checkpoint_every and done % loop.checkpoint_every == 0):
+                state, frontier = run.reward.state_dict(), run.rollouts.frontier()
+                save = partial(checkpoint.save, keep=loop.keep_checkpoints)
+                await run.thread(save, folder, done, run.learner, run.tokenizer.hf, state, frontier)
+    finally:
+        await run.rollouts.close()
 
 
-def kept(trajectories_PG: Groups, max_void_share: float) -> Groups:
-    """The groups without their void trajectories. Raises TrainingError when too many are void."""
-    everything = [t for group in trajectories_PG for t in group]
-    void = [t for t in everything if t.stop is Stop.VOID]
-    if len(void) > max_void_share * len(everything):
-        broken = [c for t in void for c in t.tool_calls if c.outcome is Outcome.INFRA_ERROR]
-        (tool, error), times = Counter((c.tool, c.result) for c in broken).most_common(1)[0]
-        raise TrainingError(
-            f"{len(void)} of {len(everything)} trajectories were lost to infrastructure, more than "
-            f"loop.max_void_share={max_void_share}; tool {tool!r} failed {times} times with: {error}"
-        )
-    groups = [[t for t in group if t.stop is not Stop.VOID and any(t.action_mask)] for group in trajectories_PG]
-    if not any(groups):
-        raise TrainingError(f"none of the step's {len(everything)} trajectories is left to learn from")
-    return [group for group in groups if group]
-
-
-def rollout_metrics(all_PG: Groups, kept_PG: Groups, rewards_PG: Sequence[Sequence[Reward]]) -> Metrics:
-    """What the policy did, over the trajectories that count."""
-    trajectories = [t for group in kept_PG for t in group]
-    rewards = [r for group in rewards_PG for r in group]
+def rollout_metrics(groups: Sequence[Group]) -> Metrics:
+    """What the policy did, over the trajectories that count: also those that nothing is learned from."""
+    everything = [t for group in groups for t in group.trajectories]
+    scored_PG = [group.scored for group in groups if group.scored]
+    trajectories = [t for group in scored_PG for t, _ in group]
+    rewards = [r for group in scored_PG for _, r in group]
     metrics = {"reward/value": fmean(r.value for r in rewards)}
     metrics |= {f"reward/{name}": fmean(r.parts[name] for r in rewards) for name in rewards[0].parts}
     metrics |= {f"calls/{name}": fmean(count_calls(t, name) for t in trajectories) for name in COUNTERS}
@@ -149,9 +159,10 @@ def rollout_metrics(all_PG: Groups, kept_PG: Groups, rewards_PG: Sequence[Sequen
     metrics["rollout/tokens"] = fmean(len(t.token_ids) for t in trajectories)
     metrics["rollout/sampled_tokens"] = fmean(sum(t.action_mask) for t in trajectories)
     metrics["rollout/turns"] = fmean(1 + len(t.tool_calls) for t in trajectories)
-    metrics["rollout/void_share"] = sum(t.stop is Stop.VOID for g in all_PG for t in g) / sum(map(len, all_PG))
+    metrics["rollout/void_share"] = fmean(t.stop is Stop.VOID for t in everything)
+    metrics["rollout/empty_share"] = fmean(not any(t.action_mask) for t in everything)
     metrics |= {f"stop/{stop}": fmean(t.stop is stop for t in trajectories) for stop in Stop if stop is not Stop.VOID}
-    mixed = [len({r.value for r in group}) > 1 for group in rewards_PG]
+    mixed = [len({r.value for _, r in group}) > 1 for group in scored_PG]
     metrics["reward/groups_with_signal"] = fmean(mixed)
     sources = by_source(trajectories)  # where tool use collapses, it shows in one data set first
     for name, own in sources.items() if len(sources) > 1 else ():

@@ -72,6 +72,11 @@ IMPOSSIBLE = {
     "rollout.limits.max_turn_tokens=-3": "rollout.limits: max_turn_tokens must be at least 1, got -3",
     "rollout.limits.max_observation_tokens=0": "rollout.limits: max_observation_tokens must be at least 1, got 0",
     "rollout.limits.tool_timeout_s=0": "rollout.limits: tool_timeout_s must be above 0, got 0.0",
+    "rollout.limits.timeout_s=0": "rollout.limits: timeout_s must be null or above 0, got 0.0",
+    "rollout.schedule=null": "rollout.schedule must be a section of settings, got None",
+    "rollout.schedule.stragglers=kep": "rollout.schedule.stragglers must be 'wait' or 'drop' or 'keep', got 'kep'. "
+    "Did you mean 'keep'?",
+    "rollout.schedule.oversample=1.5": "rollout.schedule: oversample is 1.5, and stragglers=wait waits for every group",
     "rollout.limits=null": "rollout.limits must be a section of settings, got None",
     "rollout=5": "rollout must be a section of settings, got 5",
     "engine.context=0": "engine: context must be at least 1, got 0",
@@ -92,6 +97,10 @@ IMPOSSIBLE = {
     "algo.clip_low=-1": "algo: clip_low must be 0 or more, got -1.0",
     "algo.weighting=tokn": "algo.weighting must be 'token' or 'sequence', got 'tokn'. Did you mean 'token'?",
     "reward.alpha=nan": "reward: alpha must be above 0, got nan",
+    "correction.level=tokn": "correction.level must be 'none' or 'token' or 'sequence' or 'geometric', got 'tokn'. "
+    "Did you mean 'token'?",
+    "correction.bound=clip": "correction.bound must be 'truncate' or 'mask', got 'clip'",
+    "correction.high=0.5": "correction: low and high must be around 1, the weight of no mismatch, got 0.0 and 0.5",
     # loop, evaluation, cold start
     "loop.problems_per_step=0": "loop: problems_per_step must be at least 1, got 0",
     "loop.steps=-1": "loop: steps must be at least 0, got -1",
@@ -100,6 +109,7 @@ IMPOSSIBLE = {
     "loop.checkpoint_every=-1": "loop: checkpoint_every must be at least 0, got -1",
     "loop.keep_checkpoints=0": "loop: keep_checkpoints must be at least 1, got 0",
     "loop.max_void_share=2": "loop: max_void_share must be a share between 0 and 1, got 2.0",
+    "loop.max_logprob_gap=0": "loop: max_logprob_gap must be null or above 0, got 0.0",
     "evaluate.counter=well_frmed": "evaluate: there is no counter 'well_frmed'. Did you mean 'well_formed'?",
     "sft.steps=-1": "sft: steps must be at least 0, got -1",
     "sft.batch_size=0": "sft: batch_size must be at least 1, got 0",
@@ -246,7 +256,8 @@ def test_a_loss_of_nan_names_step_and_batch_and_the_run_goes_on_from_its_last_ch
     assert steps(tmp_path / "run") == [0, 1]
     assert checkpoints(tmp_path / "run") == ["step-000001", "step-000002"]
     saved = tmp_path / "run/checkpoints/step-000002/run.json"
-    saved.write_text(json.dumps({"step": 2, "reward_state": {"atlas-0/train/never asked": 7}}))
+    state = json.loads(saved.read_text())
+    saved.write_text(json.dumps(state | {"reward_state": {"atlas-0/train/never asked": 7}}))
 
     assert cli.main(["train", f"resume={tmp_path / 'run'}", "reward=otc_grpo"]) == 0
     assert steps(tmp_path / "run") == [0, 1, 2, 3, 4]  # the last line is the evaluation

@@ -25,7 +25,7 @@ def proof(**settings) -> Proof:
 
 
 def saying(model: PreTrainedModel):
-    def says(ids: Sequence[int]) -> list[float]:
+    async def says(ids: Sequence[int]) -> list[float]:
         ids_1T = torch.tensor([list(ids)])
         mask_1T = torch.arange(len(ids))[None] > 0
         with torch.no_grad():

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 
 import pytest
 
 from otcrl.build import run_eval, run_sft, run_train
 from otcrl.cli import eval_config, run_config
 from otcrl.errors import TrainingError
-from otcrl.train import kept, rollout_metrics
-from otcrl.types import Outcome, Reward, Stop
-from tests.make import trajectory
+from otcrl.rollout.schedule import Group
+from otcrl.rollout.scoring import check_void, has_signal, score
+from otcrl.train import rollout_metrics
+from otcrl.types import Outcome, Reward, Stop, Trajectory
+from tests.make import problem, trajectory
 
 SMALL = [
     "conf=quickstart", "threads=1",
@@ -55,12 +62,29 @@ def test_a_run_leaves_everything_that_is_needed_to_judge_it(finished):
     assert [p.name for p in sorted((finished / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
 
 
-def test_every_step_reports_calls_rewards_phases_and_agreement_with_the_sampler(finished):
+def test_every_step_reports_calls_rewards_and_phases(finished):
     row = lines(finished / "metrics.jsonl")[0]
     names = "reward/value reward/correct reward/sign_reversals calls/emitted calls/well_formed calls/invalid"
     for name in f"{names} rollout/void_share update/policy_grad_norm time/rollout_s".split():
         assert name in row
-    assert row["rollout/logprob_gap_max"] < 1e-4
+
+
+def test_every_step_reports_how_well_sampler_and_learner_agree(tmp_path):
+    train(tmp_path / "run", "loop.steps=1", "evaluate.before=false", "learner.old_logprobs=recompute")
+    row = lines(tmp_path / "run/metrics.jsonl")[0]
+    assert row["rollout/logprob_gap_mean"] <= row["rollout/logprob_gap_max"] < 1e-4
+    assert abs(row["rollout/mismatch_kl"]) < 1e-4
+    assert row["rollout/mismatch_kl_k3"] == pytest.approx(0, abs=1e-8)
+    for name in ("ess_token", "ess_sequence", "is_weight_mean"):
+        assert row[f"rollout/{name}"] == pytest.approx(1, abs=1e-4)
+    assert row["rollout/is_truncated_share"] == 0
+
+
+def test_a_sampler_further_from_the_learner_than_allowed_stops_the_run_before_a_checkpoint(tmp_path):
+    one = ["loop.steps=1", "evaluate.before=false", "learner.old_logprobs=recompute", "loop.max_logprob_gap=1e-12"]
+    with pytest.raises(TrainingError, match=r"step 0: .* per token on average .* more than loop.max_logprob_gap=1e-12"):
+        train(tmp_path / "run", *one)
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_transcripts_hold_whole_trajectories(finished):
@@ -117,21 +141,146 @@ def test_sft_alone_writes_a_model_that_eval_measures(tmp_path, capsys):
     assert set(report["sources"]) == {"known", "hidden", "two_hop", "small_sum", "large_sum", "search_sum"}
 
 
+# -- which trajectories count ----------------------------------------------------------------------------
+
+
+def played(number: int, *trajectories: Trajectory) -> Group:
+    return Group(number=number, problem=problem(), first=0, began=0, trajectories=list(trajectories))
+
+
+class Right:
+    """1 for a right answer; remembers what it was asked to score."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[Trajectory]] = []
+
+    def __call__(self, trajectories_PG: Sequence[Sequence[Trajectory]]) -> list[list[Reward]]:
+        self.asked += map(list, trajectories_PG)
+        return [[Reward(float(t.answer == "paris"), {"correct": 1.0}) for t in group] for group in trajectories_PG]
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None: ...
+
+
+DOWN = trajectory(outcomes=(Outcome.INFRA_ERROR,), stop=Stop.VOID)
+EMPTY = replace(trajectory(stop=Stop.MAX_TOKENS), action_mask=[False, False])
+
+
 def test_void_trajectories_leave_the_group_and_its_statistics():
-    down = trajectory(outcomes=(Outcome.INFRA_ERROR,), stop=Stop.VOID)
-    group = [trajectory(calls=1), down, trajectory(calls=3)]
-    left = kept([group, [down]], max_void_share=0.9)
-    assert left == [[group[0], group[2]]]
-    rewards = [[Reward(1.0, {"correct": 1.0}), Reward(0.0, {"correct": 0.0})]]
-    metrics = rollout_metrics([group, [down]], left, rewards)
+    some, none = played(0, trajectory(calls=1), DOWN, trajectory(calls=3)), played(1, DOWN)
+    score(reward := Right(), [some, none])
+    assert [t for t, _ in some.scored or []] == [some.trajectories[0], some.trajectories[2]]
+    assert (none.scored, len(reward.asked)) == ([], 1)
+    metrics = rollout_metrics([some, none])
     assert metrics["calls/well_formed"] == 2.0
     assert metrics["rollout/void_share"] == 0.5
 
 
+def test_a_trajectory_without_a_sampled_token_teaches_nothing_and_is_counted():
+    group = played(0, trajectory(), EMPTY)
+    score(Right(), [group])
+    assert [t for t, _ in group.scored or []] == [group.trajectories[0]]
+    assert rollout_metrics([group])["rollout/empty_share"] == 0.5
+
+
+def test_a_group_carries_a_signal_when_its_rewards_differ_and_is_scored_once():
+    reward = Right()
+    assert has_signal(reward, played(0, trajectory(), trajectory(right=False)))
+    assert not has_signal(reward, played(1, trajectory(), trajectory()))
+    assert has_signal(reward, played(2, DOWN, DOWN))  # no signal either, but another would be lost as well
+    assert len(reward.asked) == 2
+
+
 def test_too_many_void_trajectories_stop_the_run_and_name_the_tool_and_its_error():
-    down = trajectory(outcomes=(Outcome.INFRA_ERROR,), stop=Stop.VOID)
     with pytest.raises(TrainingError, match=r"2 of 3 trajectories .*tool 'search' failed 2 times with: r"):
-        kept([[trajectory(), down, down]], max_void_share=0.5)
+        check_void([played(0, trajectory(), DOWN, DOWN)], max_void_share=0.5)
+
+
+def test_too_many_late_trajectories_stop_the_run_and_say_what_they_waited_for():
+    late = {"deadline_s": 30.0}
+    in_tool = replace(DOWN, timings=late)
+    generating = replace(trajectory(calls=2, stop=Stop.VOID), timings=late)
+    expected = (
+        "3 trajectories passed the deadline of 30 s (rollout.limits.timeout_s): "
+        "2 while waiting for tool 'search', 1 while generating turn 3"
+    )
+    with pytest.raises(TrainingError, match=re.escape(expected)):
+        check_void([played(0, in_tool, in_tool, generating)], max_void_share=0.5)
+
+
+def test_a_step_of_which_nothing_is_left_stops_the_run():
+    with pytest.raises(TrainingError, match="none of the step's 2 trajectories is left"):
+        check_void([played(0, DOWN, EMPTY)], max_void_share=0.9)
+
+
+# -- schedules --------------------------------------------------------------------------------------------
+
+BRIEF = ["evaluate.before=false", "evaluate.sampled=false", "loop.transcripts_every=1"]
+KEEP = ["rollout.schedule.stragglers=keep", "rollout.schedule.oversample=1.5"]
+
+
+def asked(folder: Path) -> Counter[str]:
+    """Problem -> trajectories of it that were learned from."""
+    return Counter(row["id"] for row in lines(folder / "transcripts.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [["rollout.schedule.ahead=1"], KEEP, [*KEEP, "rollout.schedule.ahead=1"],
+     ["rollout.schedule.stragglers=drop", "rollout.schedule.oversample=1.5", "rollout.concurrency=7"]],
+    ids=["ahead", "keep", "keep-ahead", "drop"],
+)  # fmt: skip
+def test_every_schedule_trains_and_asks_no_problem_twice(tmp_path, schedule):
+    train(tmp_path / "run", "loop.steps=3", *BRIEF, *schedule)
+    rows = lines(tmp_path / "run/metrics.jsonl")
+    assert [row["rollout/groups_played"] for row in rows[:3]] == [6, 6, 6]
+    found = asked(tmp_path / "run")
+    assert len(found) == 18
+    assert set(found.values()) == {4}
+
+
+def test_with_ahead_the_tokens_are_at_most_one_update_old(tmp_path):
+    train(tmp_path / "run", "loop.steps=3", *BRIEF, "rollout.schedule.ahead=1")
+    rows = lines(tmp_path / "run/metrics.jsonl")[:3]
+    assert [row["rollout/age_mean"] for row in rows] == [0, 1, 1]
+    assert max(row["rollout/off_policy_steps_max"] for row in rows) <= 1
+
+
+@pytest.mark.parametrize("schedule", [[], ["rollout.schedule.ahead=1"]], ids=["plain", "ahead"])
+def test_a_restart_changes_nothing_in_which_problems_are_asked(tmp_path, schedule):
+    train(tmp_path / "whole", "loop.steps=4", *BRIEF, *schedule)
+    train(tmp_path / "parts", "loop.steps=4", *BRIEF, *schedule)
+    rmtree(tmp_path / "parts/checkpoints/step-000004")  # as if it had been killed after step 3
+    before = asked(tmp_path / "parts")
+    run_train(run_config([f"resume={tmp_path / 'parts'}"]))
+    again = asked(tmp_path / "parts") - before
+    rows = lines(tmp_path / "whole/transcripts.jsonl")
+    assert again == Counter(row["id"] for row in rows if row["step"] >= 2)
+
+
+def test_a_checkpoint_knows_the_problems_that_are_under_way(tmp_path):
+    train(tmp_path / "run", "loop.steps=4", *BRIEF, "rollout.schedule.ahead=1")
+    half, whole = frontiers(tmp_path / "run")
+    assert half == {"cursor": 18, "pending": [12, 13, 14, 15, 16, 17]}
+    assert whole == {"cursor": 24, "pending": []}
+
+
+def frontiers(folder: Path) -> list[dict]:
+    return [json.loads(path.read_text())["frontier"] for path in sorted(folder.glob("checkpoints/*/run.json"))]
+
+
+def test_a_step_without_any_signal_is_skipped_and_says_so(tmp_path):
+    nobody_is_right = ["sft.steps=1", "loop.steps=2"]
+    only = ["rollout.schedule.only_signal=true", "rollout.schedule.max_draws=2"]
+    train(tmp_path / "run", *BRIEF, *nobody_is_right, *only)
+    for row in lines(tmp_path / "run/metrics.jsonl")[:2]:
+        assert row["rollout/skipped"] == 1
+        assert row["rollout/groups_played"] == row["rollout/groups_dropped_no_signal"] == 12
+        assert row["reward/groups_with_signal"] == 0
+        assert "update/loss" not in row
+    assert frontiers(tmp_path / "run")[-1] == {"cursor": 24, "pending": []}
 
 
 @pytest.mark.slow

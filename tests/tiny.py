@@ -25,9 +25,9 @@ def tiny_tokenizer(*pieces: str) -> HFTokenizer:
 
 
 def tiny_llama(
-    vocab_size: int, *, seed: int = 0, heads: Sequence[int] = (4, 2), context: int = 512
+    vocab_size: int, *, seed: int = 0, heads: Sequence[int] = (4, 2), context: int = 512, tied: bool = False
 ) -> LlamaForCausalLM:
-    """Two layers of width 32 in float32; `heads` are those of queries and of keys."""
+    """Two layers of width 32 in float32; `heads` are those of queries and of keys; `tied`: one matrix for both ends."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -37,6 +37,7 @@ def tiny_llama(
         num_attention_heads=heads[0],
         num_key_value_heads=heads[1],
         max_position_embeddings=context,
+        tie_word_embeddings=tied,
         initializer_range=0.3,  # far from uniform, so that greedy decoding has a clear favourite
     )
     return LlamaForCausalLM(config).eval()

@@ -6,10 +6,9 @@ rows are grouped into forward passes changes memory and speed, never the gradien
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from otcrl.algos.functional import token_weights
+from otcrl.algos.mismatch import mismatch
 from otcrl.bucketing import by_length
 from otcrl.errors import TrainingError, nearest
 from otcrl.learner.optimizer import Optimizer, check_precision
+from otcrl.learner.thread import stop_if_cancelled
 from otcrl.models.policy import autocast, token_logprobs
 from otcrl.protocols import Algorithm
 from otcrl.types import Batch, Forward, Metrics, Rows, Scores, Targets, rows
@@ -28,16 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from otcrl.models.critic import Critic
-
-
-def stop_if_cancelled() -> None:
-    """Ctrl-C cancels the task that trains; an update may take minutes, so it looks between two forward passes."""
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # no event loop: nobody can cancel
-        return
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
 
 
 @dataclass(kw_only=True)
@@ -89,6 +80,14 @@ class Learner:
                 values[index, :width] = self._values(micro).cpu()
         return Scores(old, ref if self.reference is not None else old, values)
 
+    @torch.no_grad()
+    def says(self, token_ids: Sequence[int]) -> list[float]:
+        """[L] log-probs (nats, temperature 1) of the policy; 0.0 for the first. What `Engine.score` must agree with."""
+        ids_1T = torch.tensor([list(token_ids)], device=self.policy.device)
+        scored_1T = torch.arange(len(token_ids), device=ids_1T.device)[None] > 0
+        with autocast(self.autocast, self.policy.device):
+            return token_logprobs(self.policy, ids_1T, scored_1T)[0][0].tolist()
+
     # -- update ------------------------------------------------------------------------------------
 
     def update(
@@ -105,11 +104,15 @@ class Learner:
         for name, optimizer in self.optimizers.items():
             configs[name].set_rate(optimizer, step, self.steps)
         totals: dict[str, list[float]] = defaultdict(list)
-        gap = self._gap(batch, scores) if self.old_logprobs == "recompute" else {}
+        gap: Metrics = {}
+        if self.old_logprobs == "recompute":
+            gap = mismatch(scores.old_logprobs, batch.sampler_logprobs, batch.action_mask)
         for number, index in enumerate(self._minibatches(step, len(batch.rewards))):
-            sums = self._accumulate(rows(batch, index), rows(scores, index), rows(targets, index), algo, progress)
+            mini = rows(batch, index)
+            new_BT = torch.full_like(mini.sampler_logprobs, torch.nan)
+            sums = self._accumulate(mini, rows(scores, index), rows(targets, index), algo, progress, new_BT)
             if not gap:  # nothing has been updated yet, so new log-probs are the old ones
-                gap = {"logprob_gap_mean": sums["logprob_gap"], "logprob_gap_max": sums["logprob_gap_max"]}
+                gap = mismatch(new_BT, mini.sampler_logprobs, mini.action_mask & ~new_BT.isnan())
             norms = self._clip()
             for name, value in {"loss": sums["loss"], **norms}.items():
                 if not math.isfinite(value):
@@ -119,8 +122,7 @@ class Learner:
                     )
             self._step()
             for name, value in (sums | norms).items():
-                if not name.startswith("logprob_gap"):
-                    totals[name].append(value)
+                totals[name].append(value)
         averages = {f"update/{name}": sum(v) / len(v) for name, v in totals.items()}
         return averages | {f"rollout/{name}": value for name, value in gap.items()}
 
@@ -131,8 +133,12 @@ class Learner:
         targets: Targets,
         algo: Algorithm,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        new_BT: Tensor | None = None,
     ) -> dict[str, float]:
-        """Gradients of one mini-batch, and the weighted mean of every per-token statistic."""
+        """Gradients of one mini-batch, and the weighted mean of every per-token statistic.
+
+        `new_BT` is filled with the log-probs of the rows that were looked at.
+        """
         weights_BT = token_weights(mini.action_mask, algo.weighting)
         acting_B = mini.action_mask.any(1)
         if algo.only_advantages_matter:  # the rest would add exactly nothing
@@ -148,15 +154,15 @@ class Learner:
             out = algo.token_loss(new, micro, cut_scores, cut_targets)
             loss = (out.loss * w_BT).sum()
             loss.backward()
-            gap_BT = (new.logprobs.detach() - micro.sampler_logprobs).abs() * micro.action_mask
-            for name, value_BT in {"loss": out.loss, **out.stats, "logprob_gap": gap_BT}.items():
+            if new_BT is not None:
+                new_BT[index, :width] = new.logprobs.detach().to(new_BT)
+            for name, value_BT in {"loss": out.loss, **out.stats}.items():
                 sums[name] += (value_BT.detach() * w_BT).sum().item()
-            sums["logprob_gap_max"] = max(sums["logprob_gap_max"], gap_BT.max().item())
             seen += w_BT.sum().item()
             done += len(index)
             progress(done, total)
-        means = {k: v if k in ("loss", "logprob_gap_max") else v / max(seen, 1e-12) for k, v in sums.items()}
-        return {"loss": 0.0, "logprob_gap": 0.0, "logprob_gap_max": 0.0} | means | {"used_weight": seen}
+        means = {k: v if k == "loss" else v / max(seen, 1e-12) for k, v in sums.items()}
+        return {"loss": 0.0} | means | {"used_weight": seen}
 
     def _clip(self) -> dict[str, float]:
         norms = {}
@@ -187,11 +193,6 @@ class Learner:
         assert self.critic is not None
         with autocast(self.autocast, micro.token_ids.device):
             return self.critic(micro.token_ids) * micro.action_mask
-
-    def _gap(self, batch: Batch, scores: Scores) -> Metrics:
-        """How far the learner is from the sampler on the sampled tokens, nats."""
-        gap = (scores.old_logprobs - batch.sampler_logprobs).abs()[batch.action_mask]
-        return {"logprob_gap_mean": gap.mean().item(), "logprob_gap_max": gap.max().item()}
 
     def _minibatches(self, step: int, count: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)

@@ -7,7 +7,7 @@ that it computes with them: a parameter loaded into the wrong place, or a cache 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from otcrl.errors import TrainingError
@@ -45,17 +45,15 @@ class Proof:
     async def __call__(
         self,
         engine: Engine,
-        says: Callable[[Sequence[int]], list[float]],
+        says: Callable[[Sequence[int]], Awaitable[list[float]]],
         probes: Sequence[Sequence[int]],
         version: int,
     ) -> Metrics:
         """Metrics of the difference. `says`: the learner's log-probs. Raises TrainingError when it is too large."""
         answers = await asyncio.gather(*(engine.score(ids) for ids in probes))
-        gaps = [
-            abs(a - b)
-            for ids, theirs in zip(probes, answers, strict=True)
-            for a, b in list(zip(theirs, says(ids), strict=True))[1:]
-        ]
+        expected = [await says(ids) for ids in probes]
+        pairs = [pair for both in zip(answers, expected, strict=True) for pair in list(zip(*both, strict=True))[1:]]
+        gaps = [abs(a - b) for a, b in pairs]
         mean, largest = sum(gaps) / len(gaps), max(gaps)
         if not mean <= self.allowed():  # NaN is no agreement
             raise TrainingError(

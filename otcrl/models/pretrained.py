@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ class Pretrained:
     def load(self, words: Sequence[str], seed: int) -> tuple[PreTrainedModel, HFTokenizer]:
         """The model and its tokenizer; raises DataError when they cannot be had. `words` are for tiny models only."""
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -42,16 +43,30 @@ class Pretrained:
             raise DataError(f"model.device is {device!r}, and torch sees no GPU: use cpu or auto")
         if Path(self.path).is_dir() and not (Path(self.path) / "config.json").is_file():
             raise DataError(f"model.path {self.path!r} holds no model: there is no config.json in it")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.path)
+        tokenizer = self.load_tokenizer(words)
+        with self._unreadable():
             model = AutoModelForCausalLM.from_pretrained(self.path, dtype=getattr(torch, self.dtype))
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        model.to(device)  # pyright: ignore[reportArgumentType]  # its `self` is a protocol no model meets
+        return model, tokenizer
+
+    def load_tokenizer(self, words: Sequence[str]) -> HFTokenizer:
+        """The tokenizer alone, for an engine that needs no weights here."""
+        from transformers import AutoTokenizer
+
+        with self._unreadable():
+            tokenizer = AutoTokenizer.from_pretrained(self.path)
+        chat = self.chat if self.chat is not None else bool(tokenizer.chat_template)
+        return HFTokenizer(hf=tokenizer, chat=chat)
+
+    @contextmanager
+    def _unreadable(self) -> Iterator[None]:
+        """Turns what transformers raises for a path that does not hold what it should into a DataError."""
+        try:
+            yield
         except (OSError, ValueError) as error:
             known = (
                 "an existing directory" if Path(self.path).is_dir() else "neither a directory nor a hub model in reach"
             )
             raise DataError(f"model.path {self.path!r} is {known}: {str(error).splitlines()[0]}") from error
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        model.to(device)  # pyright: ignore[reportArgumentType]  # its `self` is a protocol no model meets
-        chat = self.chat if self.chat is not None else bool(tokenizer.chat_template)
-        return model, HFTokenizer(hf=tokenizer, chat=chat)

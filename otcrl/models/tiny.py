@@ -32,7 +32,7 @@ class TinyLlama:
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        tokenizer = word_tokenizer(words)
+        tokenizer = self.load_tokenizer(words)
         config = LlamaConfig(
             vocab_size=tokenizer.vocab_size,
             hidden_size=self.width,
@@ -54,6 +54,10 @@ class TinyLlama:
                 torch.nn.init.normal_(weight, std=(0.5 if into_stream else 1.0) * weight.shape[1] ** -0.5)
         torch.nn.init.constant_(model.model.norm.weight, 4 * self.width**-0.5)  # logits of order 1 from tied embeddings
         return model, tokenizer
+
+    def load_tokenizer(self, words: Sequence[str]) -> HFTokenizer:
+        """The tokenizer alone, for an engine that needs no weights here."""
+        return word_tokenizer(words)
 
 
 def word_tokenizer(words: Sequence[str]) -> HFTokenizer:
