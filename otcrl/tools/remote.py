@@ -11,7 +11,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -42,8 +42,15 @@ class ServerLost(NotServed):
     """The server failed: the request may have been served or not."""
 
 
+Read = Callable[["Response"], Awaitable[object]]
+
+
 def never(response: Response) -> bool:
     return False
+
+
+async def whole(response: Response) -> None:
+    await response.aread()
 
 
 @dataclass(slots=True, eq=False)
@@ -75,6 +82,7 @@ class Servers:
         failures: int = 3,  # in a row that open a server's breaker
         open_s: float = 5.0,  # until one request probes it
         connections: int = 256,  # at a time, of one loop
+        uses_proxy: bool = False,  # that of the environment; servers of one's own are asked without
     ) -> None:
         """Raises ConfigError for what is no URL, or a token that no header can carry."""
         self._servers = {url: Server(url) for url in map(checked_url, urls)}
@@ -86,22 +94,30 @@ class Servers:
         self.urls, self.timeout_s, self.deadline_s = tuple(self._servers), timeout_s, deadline_s
         self._headers = {"Authorization": f"Bearer {checked_token(token)}"} if token else {}
         self._failures, self._open_s, self._connections = failures, open_s, connections
+        self._uses_proxy = uses_proxy
         self._lock = threading.Lock()  # loops run in threads
         self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncClient] = WeakKeyDictionary()
 
     async def request(
-        self, method: str, path: str, body: object = None, *, is_failure: Callable[[Response], bool | str] = never
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        is_failure: Callable[[Response], bool | str] = never,
+        read: Read = whole,
     ) -> Response:
         """The first answer that is no infrastructure error, from whichever server.
 
         A request whose server failed is sent again, so it must not matter if it is served twice.
-        `is_failure` may count more answers as such. Raises ToolUnavailable after `deadline_s`.
+        `is_failure` may count more answers as such; `read` takes the body of each, and may do so in part.
+        Raises ToolUnavailable after `deadline_s`.
         """
         deadline = time.monotonic() + self.deadline_s
         while True:
             url = await self.choose(deadline)
             with contextlib.suppress(NotServed):
-                return await self.send(url, method, path, body, deadline=deadline, is_failure=is_failure)
+                return await self.send(url, method, path, body, deadline=deadline, is_failure=is_failure, read=read)
 
     async def choose(self, deadline: float, among: Collection[str] = ()) -> str:
         """The least busy server that takes requests, as soon as one does; `among` some, if given.
@@ -134,6 +150,7 @@ class Servers:
         deadline: float,
         timeout_s: float | None = None,
         is_failure: Callable[[Response], bool | str] = never,
+        read: Read = whole,
     ) -> Response:
         """One attempt at one server; `is_failure` may say why. Raises ServerBusy or ServerLost."""
         import httpx
@@ -143,7 +160,8 @@ class Servers:
         timeout = httpx.Timeout(seconds, connect=min(seconds, CONNECT_S), pool=left)
         with self._attempt(server):
             try:
-                response = await self._client().request(method, url + path, json=body, timeout=timeout)
+                async with self._client().stream(method, url + path, json=body, timeout=timeout) as response:
+                    await (whole if response.is_error else read)(response)
             except httpx.PoolTimeout:
                 server.last_failure = f"more than {self._connections} requests at a time"
                 raise ServerBusy from None
@@ -195,8 +213,7 @@ class Servers:
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
             limits = httpx.Limits(max_connections=self._connections, max_keepalive_connections=0)
-            # servers of one's own: a proxy for the web is not asked
-            self._clients[loop] = httpx.AsyncClient(headers=self._headers, limits=limits, trust_env=False)
+            self._clients[loop] = httpx.AsyncClient(headers=self._headers, limits=limits, trust_env=self._uses_proxy)
         return self._clients[loop]
 
 

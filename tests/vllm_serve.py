@@ -1,0 +1,76 @@
+"""Real vLLM servers on CPU for tests: processes of their own, with a tiny model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.error import URLError
+
+ROOT = Path(__file__).parents[1]
+START_S = 240  # each starts three processes that import torch and vLLM
+FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-num-seqs", "64", "--max-num-batched-tokens", "1024")
+
+
+@dataclass
+class VLLMServer:
+    """Runs from `start` to `kill`, with the model in `folder`. Its URL stays the same if it is started again."""
+
+    folder: Path
+    flags: tuple[str, ...]
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        """Returns at once: servers may start side by side."""
+        own = {
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_SERVER_DEV_MODE": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+        address = ("--model", str(self.folder), "--host", "127.0.0.1", "--port", str(self.port))
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *address, *FLAGS, *self.flags]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=os.environ | own | quiet, start_new_session=True
+            )
+
+    @property
+    def log(self) -> Path:
+        return self.folder.parent / f"vllm-{self.port}.log"
+
+    def wait(self) -> None:
+        """Until it serves."""
+        assert self.process is not None
+        give_up = time.monotonic() + START_S
+        while time.monotonic() < give_up and self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (URLError, TimeoutError, ConnectionError):
+                time.sleep(0.25)
+        raise AssertionError(f"no server within {START_S} s: {self.log.read_text()[-2000:]}")
+
+    def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
+        """With all its processes, as when its machine is lost."""
+        if self.process is not None:
+            os.killpg(self.process.pid, how)
+            self.process.wait()
+            self.process = None
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
