@@ -17,11 +17,12 @@ import asyncio
 import itertools
 import multiprocessing
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from otcrl.errors import EngineError, nearest
@@ -182,8 +183,8 @@ class VLLMEngine:
 
     async def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `Engine.load_weights`. Requests in flight are interrupted and go on under the new weights."""
-        message = self._publisher.prepare(weights, version)  # in this thread: to gather weights may be a collective
         async with self._gate.publishing(version, "vLLM"):
+            message = self._publisher.prepare(weights, version)  # in this thread: to gather weights may be a collective
             if self._llm is None:
                 await self._start()
             await self._publish(message)
@@ -309,3 +310,15 @@ class VLLMEngine:
 def sampled_logprobs(part: Any) -> list[float]:
     """[L] of the sampled tokens themselves; vLLM lists the likeliest beside them when asked to."""
     return [part.logprobs.logprobs[at] for at in part.logprobs.start_indices] if part.token_ids else []
+
+
+def nccl_group(address: str, port: int, ranks: int, device: torch.device) -> Callable[[Tensor], None]:
+    """Broadcasts a tensor of `device` to the workers of other vLLMs; returns when all `ranks` are there.
+
+    A `StatelessProcessGroup` keeps clear of the process groups that the learner has.
+    """
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+    from vllm.distributed.utils import StatelessProcessGroup
+
+    group = PyNcclCommunicator(StatelessProcessGroup.create(address, port, rank=0, world_size=ranks), device=device)
+    return lambda tensor: group.broadcast(tensor, src=0, stream=torch.cuda.current_stream())

@@ -8,6 +8,7 @@ CPU too, where linear layers are repacked after loading and `model.load_weights`
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,9 @@ class Receiver:
     """Mixed into vLLM's worker; names begin with `otcrl_` since they share its namespace."""
 
     model_runner: Any
+    vllm_config: Any
     otcrl_version = -1  # of the weights that are loaded; -1: those the engine came with
+    _otcrl_before: Mapping[str, str] = MappingProxyType({})
 
     def otcrl_load_file(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Weights from a snapshot on this machine. Nothing is loaded if a parameter was damaged on its way."""
@@ -45,17 +48,36 @@ class Receiver:
         """The version of the loaded weights."""
         return {"version": self.otcrl_version}
 
-    def otcrl_set_version(self, version: int) -> None:
-        """For weights that came another way (NCCL)."""
-        self.otcrl_version = version
+    def otcrl_remember(self) -> None:
+        """Before weights come another way (NCCL): what there is now."""
+        self._otcrl_before = dict(self._otcrl_fingerprints())
 
-    def _otcrl_load(self, weights: Iterator[tuple[str, Tensor]], version: int) -> dict[str, Any]:
-        before = dict(self._otcrl_fingerprints())
-        self.model_runner.reload_weights(weights_iterator=weights)
-        repack(self.model_runner.get_model())
-        unchanged = [name for name, value in self._otcrl_fingerprints() if before.get(name) == value]
+    def otcrl_arrived(self, version: int) -> dict[str, Any]:
+        """Weights have come since `otcrl_remember`, and are this version."""
+        unchanged = [name for name, value in self._otcrl_fingerprints() if self._otcrl_before.get(name) == value]
         self.otcrl_version = version
         return {"version": version, "damaged": [], "unchanged": unchanged}
+
+    def otcrl_settings(self) -> dict[str, Any]:
+        """How a server was started, in so far as training depends on it."""
+        config = self.vllm_config
+        transfer = config.weight_transfer_config
+        return {
+            "logprobs_mode": str(config.model_config.logprobs_mode),
+            "generation_config": config.model_config.generation_config,
+            "policy": str(config.scheduler_config.policy),
+            "context": config.model_config.max_model_len,
+            "max_sequences": config.scheduler_config.max_num_seqs,
+            "batch_tokens": config.scheduler_config.max_num_batched_tokens,
+            "data_parallel": config.parallel_config.data_parallel_size,
+            "weight_transfer": None if transfer is None else transfer.backend,
+        }
+
+    def _otcrl_load(self, weights: Iterator[tuple[str, Tensor]], version: int) -> dict[str, Any]:
+        self.otcrl_remember()
+        self.model_runner.reload_weights(weights_iterator=weights)
+        repack(self.model_runner.get_model())
+        return self.otcrl_arrived(version)
 
     def _otcrl_fingerprints(self) -> Iterable[tuple[str, str]]:
         """Of the parameters that still lie here as such; on CPU repacked ones do not."""

@@ -1,0 +1,219 @@
+"""New weights for rollout servers from GPU to GPU: the learner broadcasts, vLLM's own NCCL engine receives.
+
+The trainer's side of that engine has another interface in 0.20, 0.28 and 0.33. What goes over the wire has not: a
+group of NCCL in which the trainer is rank 0, and one broadcast for each parameter, in the order that was announced.
+That is spoken here, so one sender serves every version.
+
+NCCL waits for ever for a rank that has died. So the broadcasts run on a daemon thread, which hinders nobody from going
+on or ending, and everything else, with a deadline, on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from otcrl.errors import EngineError
+from otcrl.rollout.fleet import Fleet, Server, named
+from otcrl.rollout.publication import Message, check_delivery, check_names
+from otcrl.rollout.vllm_worker import fingerprint
+from otcrl.tools.remote import ServerLost
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
+Broadcast = Callable[[Tensor], None]  # to all other ranks of a group
+OpenGroup = Callable[[str, int, int, torch.device], Broadcast]  # (address, port, ranks, this rank's GPU)
+
+
+@dataclass(frozen=True)
+class LayerSource:
+    """A model's parameters, whole, one layer at a time: of a sharded model never more than a layer is in memory.
+
+    Iteration gives (name, tensor); a gathered tensor is whole only until the next one is asked for.
+    """
+
+    parameters: Sequence[tuple[str, Tensor]]
+    gather: Callable[[list[Tensor]], AbstractContextManager[object]] = lambda parameters: nullcontext()
+
+    def described(self) -> list[tuple[str, torch.dtype, list[int]]]:
+        """Name, type and whole shape of each, in order; nothing is gathered for it."""
+        return [(name, p.dtype, list(getattr(p, "ds_shape", p.shape))) for name, p in self.parameters]
+
+    def layers(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """Neighbours whose names agree up to the first number in them."""
+        for _, layer in groupby(self.parameters, key=lambda named: layer_of(named[0])):
+            yield list(layer)
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for layer in self.layers():
+            with self.gather([parameter for _, parameter in layer]):
+                yield from ((name, parameter.detach()) for name, parameter in layer)
+
+
+class WeightsByNCCL:
+    keeps = False  # the learner goes on to change what it sent
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        model: PreTrainedModel,
+        address: str | None,
+        timeout_s: float,
+        open_group: OpenGroup | None = None,  # None: vLLM's
+    ) -> None:
+        self._fleet, self._model, self._address, self._timeout_s = fleet, model, address, timeout_s
+        self._open_group = open_group or nccl_group
+        self._broadcast: Broadcast | None = None
+        self._members: list[Server] = []
+        self._source = LayerSource(())
+        self._version = 0
+        self._digests: dict[str, str] = {}
+
+    def prepare(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Raises EngineError naming a parameter that is missing, unknown or of another shape."""
+        self._source = weights if isinstance(weights, LayerSource) else LayerSource(list(weights))
+        self._version = version
+        described = self._source.described()
+        check_names([(name, torch.empty(shape, device="meta")) for name, _, shape in described], self._model)
+
+    async def bring(self, servers: Sequence[Server], *, again: bool = False) -> list[Server]:
+        """Those that have the weights prepared last. Raises EngineError naming a parameter that did not change."""
+        assert not again, "weights are not kept"
+        servers = await self._fleet.each(servers, lambda server: self._fleet.rpc(server, "otcrl_remember"))
+        if not servers:
+            return []
+        if self._broadcast is None or servers != self._members:
+            await self._open(servers)
+        await self._fleet.each(servers, lambda server: self._session(server, "/start_weight_update"))
+        before, self._digests = self._digests, await self._send(servers)
+        await self._fleet.each(servers, lambda server: self._session(server, "/finish_weight_update"))
+        all_changed = bool(before) and all(before.get(name) != digest for name, digest in self._digests.items())
+
+        async def arrived(server: Server) -> None:
+            reports = await self._fleet.rpc(server, "otcrl_arrived", self._version, timeout_s=self._timeout_s)
+            with named(server):
+                check_delivery(reports, Message("", {}, self._version, all_changed))
+
+        return await self._fleet.each(servers, arrived)
+
+    async def _open(self, servers: list[Server]) -> None:
+        """A new group of this process and all workers of the servers."""
+        self._broadcast = None
+        answers = [await self._fleet.ask(server, "GET", "/get_world_size") for server in servers]
+        sizes = [answer.json()["world_size"] for answer in answers]
+        address, port = self._address or address_towards(servers[0].url), free_port()
+        group = {"master_address": address, "master_port": port, "world_size": 1 + sum(sizes)}
+        bodies = [{"init_info": {**group, "rank_offset": 1 + sum(sizes[:number])}} for number in range(len(servers))]
+        path, device = "/init_weight_transfer_engine", self._model.device
+        opening = in_daemon_thread(lambda: self._open_group(address, port, group["world_size"], device))
+        joining = [self._collective(s, path, body) for s, body in zip(servers, bodies, strict=True)]
+        self._broadcast, *_ = await asyncio.gather(opening, *joining)
+        self._members = servers
+
+    async def _send(self, servers: list[Server]) -> dict[str, str]:
+        """Digests of what was sent. Whatever fails, the group cannot be used again."""
+        described, broadcast, source = self._source.described(), self._broadcast, self._source
+        assert broadcast is not None, "the group is open"
+        names, types, shapes = (list(column) for column in zip(*described, strict=True))
+        what = {"names": names, "dtype_names": [str(t).removeprefix("torch.") for t in types], "shapes": shapes}
+        self._broadcast = None
+        receiving = [self._collective(server, "/update_weights", {"update_info": what}) for server in servers]
+        digests, *_ = await asyncio.gather(in_daemon_thread(lambda: sent(source, broadcast)), *receiving)
+        self._broadcast = broadcast
+        return digests
+
+    async def _collective(self, server: Server, path: str, body: object) -> None:
+        """What every worker must take part in. Raises EngineError for one that does not: the others wait for ever."""
+        try:
+            response = await self._fleet.attempt(server, "POST", path, body, timeout_s=self._timeout_s)
+        except ServerLost as error:
+            raise EngineError(f"a server was lost in the middle of a broadcast, {error}") from error
+        if response.is_error:
+            raise EngineError(f"{server.url}{path} answered {response.status_code}: {response.text[:1000]}")
+
+    async def _session(self, server: Server, path: str) -> None:
+        """Opens or ends an update, where vLLM has such things (not in 0.20)."""
+        response = await self._fleet.attempt(server, "POST", path, {}, timeout_s=self._timeout_s)
+        if response.is_error and response.status_code != 404:
+            raise EngineError(f"{server.url}{path} answered {response.status_code}: {response.text[:1000]}")
+
+    def close(self) -> None:
+        """The group ends with the process: to end it is a collective of its own, and who knows who is left."""
+
+
+def sent(source: LayerSource, broadcast: Broadcast) -> dict[str, str]:
+    """Broadcasts every parameter in order. Digests by name; a layer has left the GPU before it is given back."""
+    digests = {}
+    for layer in source.layers():
+        with source.gather([parameter for _, parameter in layer]):
+            for name, parameter in layer:
+                whole = parameter.detach().contiguous()  # NCCL sends what lies behind the pointer
+                broadcast(whole)
+                digests[name] = fingerprint(whole)
+            if torch.cuda.is_available():
+                torch.cuda.current_stream().synchronize()
+    return digests
+
+
+def layer_of(name: str) -> str:
+    """`model.layers.3.mlp.up_proj.weight` -> `model.layers.3`; the name itself where no number is in it."""
+    parts = name.split(".")
+    number = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+    return name if number is None else ".".join(parts[: number + 1])
+
+
+def nccl_group(address: str, port: int, ranks: int, device: torch.device) -> Broadcast:
+    from otcrl.rollout.vllm_engine import nccl_group
+
+    torch.cuda.set_device(device)  # of this thread
+    return nccl_group(address, port, ranks, device)
+
+
+def in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:
+    """Its result. Unlike with `asyncio.to_thread`, a thread that hangs hinders nobody from ending."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # pyright: ignore[reportArgumentType]
+
+    def run() -> None:
+        try:
+            outcome = work(), None
+        except BaseException as error:
+            outcome = None, error  # raised where it is awaited
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    threading.Thread(target=run, daemon=True, name="weights by NCCL").start()
+    return future
+
+
+def address_towards(url: str) -> str:
+    """This machine's address on the way to `url`. Nothing is sent."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname, parts.port or 80))
+        return probe.getsockname()[0]
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as listener:
+        return listener.getsockname()[1]
