@@ -14,6 +14,7 @@ the differences between its versions (0.20 to 0.33). What it relies on, found by
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import multiprocessing
 import tempfile
@@ -291,6 +292,9 @@ class VLLMEngine:
         self._gate.close()
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
+            await asyncio.sleep(0)  # its task hears that it is cancelled
+            del llm
+            gc.collect()  # now: its finalizer fails when the interpreter is already going
         self._publisher.close()
         self._folder.cleanup()
 
