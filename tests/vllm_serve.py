@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.error import URLError
 
@@ -25,6 +26,7 @@ class VLLMServer:
     folder: Path
     flags: tuple[str, ...]
     port: int
+    environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -44,7 +46,11 @@ class VLLMServer:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *address, *FLAGS, *self.flags]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=os.environ | own | quiet, start_new_session=True
+                command,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **own, **quiet, **self.environment},
+                start_new_session=True,
             )
 
     @property

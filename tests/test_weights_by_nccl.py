@@ -1,0 +1,335 @@
+"""Weights from the learner's GPU to rollout servers: what is announced and sent, in which order, and what if it hangs.
+
+NCCL itself needs two GPUs (the last test); here a group is anything that takes tensors, and a server what answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from torch import Tensor
+
+from otcrl.errors import EngineError
+from otcrl.rollout.fleet import Fleet
+from otcrl.rollout.gate import deadline
+from otcrl.rollout.weights_by_nccl import LayerSource, WeightsByNCCL, layer_of, sent
+from tests.apps import served
+from tests.tiny import tiny_llama
+
+MODEL = tiny_llama(32, heads=(1, 1))
+NAMES = [name for name, _ in MODEL.named_parameters()]
+
+
+# -- a layer at a time ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.layers.3.mlp.up_proj.weight", "model.layers.3"),
+        ("model.layers.3.mlp.experts.7.w1", "model.layers.3"),  # an expert is part of its layer
+        ("transformer.h.0.ln_1.bias", "transformer.h.0"),
+        ("lm_head.weight", "lm_head.weight"),
+    ],
+)
+def test_a_layer_is_what_has_the_first_number_in_common(name, layer):
+    assert layer_of(name) == layer
+
+
+@dataclass
+class Sharded:
+    """Parameters of which nothing is here until they are gathered, as under ZeRO-3."""
+
+    whole: dict[str, Tensor]
+    shards: dict[str, Tensor] = field(init=False)
+    gathered: list[list[str]] = field(default_factory=list)
+    at_once: int = 0
+
+    def __post_init__(self) -> None:
+        self.shards = {name: torch.empty(0) for name in self.whole}
+        for name, shard in self.shards.items():
+            shard.ds_shape = self.whole[name].shape  # pyright: ignore[reportAttributeAccessIssue]
+
+    @contextmanager
+    def gather(self, parameters: list[Tensor]) -> Iterator[None]:
+        names = [name for p in parameters for name, shard in self.shards.items() if shard is p]
+        self.gathered.append(names)
+        for name in names:
+            self.shards[name].data = self.whole[name]
+        self.at_once = max(self.at_once, sum(shard.numel() > 0 for shard in self.shards.values()))
+        yield
+        for name in names:
+            self.shards[name].data = torch.empty(0)
+
+    def source(self) -> LayerSource:
+        return LayerSource(list(self.shards.items()), self.gather)
+
+
+@pytest.fixture
+def sharded() -> Sharded:
+    return Sharded({name: parameter.detach().clone() for name, parameter in MODEL.named_parameters()})
+
+
+def test_a_sharded_model_is_announced_whole_without_being_gathered(sharded):
+    expected = [(name, p.dtype, list(p.shape)) for name, p in MODEL.named_parameters()]
+    assert sharded.source().described() == LayerSource(list(MODEL.named_parameters())).described() == expected
+    assert sharded.gathered == []
+
+
+def test_never_more_than_one_layer_is_whole(sharded):
+    arrived = []
+    sent(sharded.source(), lambda tensor: arrived.append(tensor.clone()))
+    assert [tuple(t.shape) for t in arrived] == [tuple(p.shape) for p in MODEL.parameters()]
+    assert all(torch.equal(a, p) for a, p in zip(arrived, MODEL.parameters(), strict=True))
+    assert [name for layer in sharded.gathered for name in layer] == NAMES
+    layers = [layer for layer in sharded.gathered if layer[0].startswith("model.layers.")]
+    assert [len(layer) for layer in layers] == [9, 9]
+    assert sharded.at_once == 9
+
+
+def test_iteration_gives_each_parameter_while_it_is_whole(sharded):
+    for (name, tensor), (expected_name, parameter) in zip(sharded.source(), MODEL.named_parameters(), strict=True):
+        assert name == expected_name
+        assert torch.equal(tensor, parameter)
+
+
+def test_what_lies_otherwise_in_memory_is_sent_in_its_order():
+    turned = torch.arange(6.0).view(2, 3).t()
+    arrived = []
+    sent(LayerSource([("x", turned)]), arrived.append)
+    assert arrived[0].is_contiguous()
+    assert torch.equal(arrived[0], turned)
+
+
+# -- what the servers are told ----------------------------------------------------------------------------
+
+
+@dataclass
+class Receiving:
+    """A server whose workers take part in whatever is broadcast, and say what they are asked."""
+
+    workers: int = 1
+    without: tuple[str, ...] = ()  # routes that its version does not have
+    unchanged: tuple[str, ...] = ()  # parameters that keep their old values
+    fails: str = ""  # at this route
+    heard: list[tuple[str, Any]] = field(default_factory=list)
+
+    def app(self) -> FastAPI:
+        app = FastAPI()
+        app.get("/get_world_size")(lambda: {"world_size": self.workers})
+
+        @app.post("/collective_rpc")
+        async def rpc(request: Request) -> dict[str, Any]:
+            body = await request.json()
+            self.heard.append((body["method"], body["args"]))
+            report = {"version": (body["args"] or [None])[0], "damaged": [], "unchanged": list(self.unchanged)}
+            return {"results": [report] * self.workers}
+
+        @app.post("/{route}")
+        async def control(route: str, request: Request) -> JSONResponse:
+            if route in self.without:
+                return JSONResponse({"detail": "Not Found"}, 404)
+            self.heard.append((route, await request.json()))
+            return JSONResponse({"message": "out of memory"}, 500 if route == self.fails else 200)
+
+        app.get("/health")(lambda: None)
+        return app
+
+    def routes(self) -> list[str]:
+        return [route for route, _ in self.heard]
+
+    def told(self, route: str) -> Any:
+        return next(body for heard, body in self.heard if heard == route)
+
+
+@dataclass
+class Group:
+    """What was opened and broadcast."""
+
+    opened: list[tuple[str, int]] = field(default_factory=list)  # (address, ranks)
+    arrived: list[Tensor] = field(default_factory=list)
+    threads: set[threading.Thread] = field(default_factory=set)
+
+    def open(self, address: str, port: int, ranks: int, device: torch.device) -> Callable[[Tensor], None]:
+        assert port > 0
+        assert device == MODEL.device
+        self.opened.append((address, ranks))
+        return self.broadcast
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self.threads.add(threading.current_thread())
+        self.arrived.append(tensor.clone())
+
+
+def publish(servers: list[Receiving], group: Any, *versions: int, change: float = 1.0, seconds: float = 30) -> None:
+    """One publication for each version; the weights change by `change` before each but the first."""
+
+    async def all_of_them(urls: list[str]) -> None:
+        fleet = Fleet(urls)
+        weights = WeightsByNCCL(fleet, MODEL, None, 30, group.open)
+        for number, version in enumerate(versions):
+            weights.prepare([(name, p.detach() + number * change) for name, p in MODEL.named_parameters()], version)
+            async with deadline(seconds, "publishing"):
+                assert await weights.bring(fleet.servers) == fleet.servers
+        await fleet.close()
+
+    with ExitStack() as stack:
+        asyncio.run(all_of_them([stack.enter_context(served(server.app())) for server in servers]))
+
+
+def test_each_worker_of_each_server_has_a_rank_of_its_own():
+    servers, group = [Receiving(workers=2), Receiving(workers=3)], Group()
+    publish(servers, group, 0)
+    assert group.opened == [("127.0.0.1", 6)], "the way to the servers, and the learner with five workers"
+    infos = [server.told("init_weight_transfer_engine")["init_info"] for server in servers]
+    assert [(info["rank_offset"], info["world_size"]) for info in infos] == [(1, 6), (3, 6)]
+    assert infos[0]["master_port"] == infos[1]["master_port"]
+
+
+def test_what_is_announced_is_what_is_sent_in_one_order():
+    server, group = Receiving(), Group()
+    publish([server], group, 7)
+    announced = server.told("update_weights")["update_info"]
+    assert announced["names"] == NAMES
+    assert announced["shapes"] == [list(tensor.shape) for tensor in group.arrived]
+    assert set(announced["dtype_names"]) == {"float32"}
+    assert all(torch.equal(a, p) for a, p in zip(group.arrived, MODEL.parameters(), strict=True))
+    assert server.routes() == [
+        *["otcrl_remember", "init_weight_transfer_engine", "start_weight_update", "update_weights"],
+        *["finish_weight_update", "otcrl_arrived"],
+    ]
+    assert server.told("otcrl_arrived") == [7]
+
+
+def test_the_group_stays_open():
+    server, group = Receiving(), Group()
+    publish([server], group, 0, 1, 2)
+    assert len(group.opened) == 1
+    assert server.routes().count("update_weights") == 3
+    assert threading.main_thread() not in group.threads
+
+
+def test_who_is_in_the_group_changes_with_who_is_in():
+    servers, group = [Receiving(), Receiving()], Group()
+
+    async def one_falls_out(urls: list[str]) -> None:
+        fleet = Fleet(urls)
+        weights = WeightsByNCCL(fleet, MODEL, None, 30, group.open)
+        for members in (fleet.servers, fleet.servers[1:], fleet.servers):
+            weights.prepare(MODEL.named_parameters(), 0)
+            assert await weights.bring(members) == members
+        await fleet.close()
+
+    with ExitStack() as stack:
+        asyncio.run(one_falls_out([stack.enter_context(served(server.app())) for server in servers]))
+    assert [ranks for _, ranks in group.opened] == [3, 2, 3]
+
+
+def test_a_version_without_sessions_does_without():
+    server = Receiving(without=("start_weight_update", "finish_weight_update"))
+    publish([server], Group(), 0, 1)
+    assert server.routes().count("update_weights") == 2
+
+
+def test_a_parameter_that_did_not_change_is_named():
+    with pytest.raises(EngineError, match=r"worker 0 kept the old values of model\.norm\.weight when 1 was published"):
+        publish([Receiving(unchanged=("model.norm.weight",))], Group(), 0, 1)
+
+
+def test_a_parameter_that_the_learner_did_not_change_may_stay():
+    publish([Receiving(unchanged=("model.norm.weight",))], Group(), 0, 1, change=0.0)
+
+
+def test_a_server_that_refuses_is_named():
+    with pytest.raises(EngineError, match=r"http://.*/update_weights answered 500: .*out of memory"):
+        publish([Receiving(fails="update_weights")], Group(), 0)
+
+
+def test_a_missing_parameter_is_named_before_anything_is_sent():
+    weights = WeightsByNCCL(Fleet(["http://127.0.0.1:1"]), MODEL, None, 1)
+    with pytest.raises(EngineError, match=r"not among the new weights: model\.norm\.weight"):
+        weights.prepare([(name, p) for name, p in MODEL.named_parameters() if name != "model.norm.weight"], 0)
+
+
+# -- what hangs -------------------------------------------------------------------------------------------
+
+
+class Hanging(Group):
+    def broadcast(self, tensor: Tensor) -> None:
+        threading.Event().wait()
+
+
+def hang() -> None:
+    publish([Receiving()], Hanging(), 0, seconds=1)
+
+
+def test_a_broadcast_that_hangs_ends_the_run_with_the_reason():
+    with pytest.raises(EngineError, match=r"publishing took more than engine.sync_timeout_s=1 s"):
+        hang()
+
+
+def test_and_the_process_ends_though_nobody_wakes_the_thread():
+    code = "from tests.test_weights_by_nccl import hang; hang()"
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "EngineError: publishing took more than engine.sync_timeout_s=1 s" in done.stderr
+
+
+# -- NCCL -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_server_on_another_gpu_gets_the_weights_and_samples_from_them(tmp_path):
+    """The learner on the first GPU, vLLM on the second."""
+    pytest.importorskip("vllm", reason="needs vLLM")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs: NCCL has one rank on each")
+    from otcrl.rollout.vllm_worker import EXTENSION
+    from tests.test_vllm_servers import FLAGS, PROMPT, TOKENIZER, apart, fresh_model, learner_logprobs, make
+    from tests.vllm_serve import VLLMServer, free_port
+
+    fresh_model().config.save_pretrained(tmp_path / "model")
+    TOKENIZER.hf.save_pretrained(tmp_path / "model")
+    assert FLAGS["--worker-extension-cls"] == EXTENSION
+    flags = [word for pair in FLAGS.items() for word in pair if pair[0] != "--block-size"]
+    server = VLLMServer(
+        tmp_path / "model",
+        (*flags, "--weight-transfer-config", '{"backend": "nccl"}', "--gpu-memory-utilization", "0.2"),
+        free_port(),
+        environment={"CUDA_VISIBLE_DEVICES": "1"},
+    )
+    server.start()
+    try:
+        server.wait()
+        asyncio.run(twice(server.url, fresh_model, make, learner_logprobs, apart, PROMPT))
+    finally:
+        server.kill(signal.SIGTERM)
+
+
+async def twice(url: str, fresh_model: Any, make: Any, learner_logprobs: Any, apart: Any, prompt: list[int]) -> None:
+    learner = fresh_model().to("cuda:0")
+    engine = make([url], learner, transport="nccl", sync_timeout_s=120)
+    try:
+        for version in range(2):
+            weights = fresh_model(seed=version).to("cuda:0")
+            await engine.load_weights(weights.named_parameters(), version)
+            found = await engine.generate(prompt, session="s", seed=1, stop=(), max_tokens=24, temperature=1.0)
+            expected = learner_logprobs(weights.cpu(), prompt + found.token_ids)
+            assert apart(found.logprobs, expected[len(prompt) :]) < 1e-2
+            assert set(found.versions) == {version}
+    finally:
+        await engine.close()
