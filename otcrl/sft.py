@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from otcrl.bucketing import by_length
 from otcrl.errors import DataError, TrainingError
 from otcrl.learner.optimizer import Optimizer, check_precision
-from otcrl.models.policy import autocast, token_logprobs
+from otcrl.models.reader import Packing, Reader
 from otcrl.protocols import Demo, Dialect, Task, Tokenizer
 from otcrl.types import Metrics
 
@@ -26,7 +25,8 @@ Example = tuple[list[int], list[bool]]  # token ids [L], action mask [L]
 class Sft:
     steps: int  # 0: no cold start
     batch_size: int  # demonstrations per step
-    micro_tokens: int  # padded tokens per forward pass; changes memory and speed, never the gradient
+    packing: Packing  # as in the learner
+    micro_tokens: int  # per forward pass, as they are packed; changes memory and speed, never the gradient
     max_tokens: int  # a longer demonstration is an error
     optimizer: Optimizer
     max_grad_norm: float
@@ -50,16 +50,17 @@ def train_sft(
     """Train `model` in place. Raises TrainingError when the loss is not finite."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = config.optimizer.build(trained)
+    reader = Reader.of(model, config.packing, config.autocast)
     model.train()
     for step in range(config.steps):
         config.optimizer.set_rate(optimizer, step, config.steps)
         examples = batch(step, tokenizer, task, dialect, config)
         num_actions = sum(sum(mask) for _, mask in examples)
         loss = 0.0
-        for bucket in by_length([len(ids) for ids, _ in examples], config.micro_tokens):
-            ids_BT, mask_BT = padded([examples[place] for place in bucket], tokenizer.pad_id, model.device)
-            with autocast(config.autocast, model.device):
-                logprobs_BT, _ = token_logprobs(model, ids_BT, mask_BT)
+        ids_BT, mask_BT = padded(examples, tokenizer.pad_id)
+        for micro in reader.micros(ids_BT, mask_BT, config.micro_tokens):
+            ids, mask = (x_BT[micro.rows, : micro.width].to(model.device) for x_BT in (ids_BT, mask_BT))
+            logprobs_BT, _ = reader.logprobs(ids, mask, micro.packed)
             part = -logprobs_BT.sum() / num_actions  # one normaliser for the whole batch
             part.backward()
             loss += part.item()
@@ -107,8 +108,8 @@ def check(examples: Sequence[Example], max_tokens: int, step: int) -> None:
         raise DataError(f"the {len(examples)} demonstrations of SFT step {step} hold no action to learn")
 
 
-def padded(examples: Sequence[Example], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(examples: Sequence[Example], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     longest = max(len(ids) for ids, _ in examples)
-    ids_BT = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids, _ in examples], device=device)
-    mask_BT = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in examples], device=device)
+    ids_BT = torch.tensor([ids + [pad_id] * (longest - len(ids)) for ids, _ in examples])
+    mask_BT = torch.tensor([mask + [False] * (longest - len(mask)) for _, mask in examples])
     return ids_BT, mask_BT

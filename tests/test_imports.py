@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "otcrl").rglob("*.py"))
 
 # A module may import what stands on its own line or above it, never below.
 LAYERS = (
-    ("errors", "presets", "bucketing"),
+    ("errors", "presets", "bucketing", "packing"),
     ("jsonlines",),
     ("types",),
     ("protocols",),

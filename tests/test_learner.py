@@ -60,11 +60,11 @@ def make_learner(algo: Algorithm, **other) -> Learner:
         torch.nn.init.normal_(critic.head.weight, std=0.3)
     settings = {
         "steps": 10, "seed": 0, "temperature": 0.7, "policy_optimizer": SGD_LIKE, "critic_optimizer": SGD_LIKE,
-        "epochs": 1, "minibatch_size": 0, "micro_tokens": 10_000, "max_grad_norm": 1e9, "old_logprobs": "recompute",
-        "autocast": None,
+        "epochs": 1, "minibatch_size": 0, "packing": "shared", "micro_tokens": 10_000, "max_grad_norm": 1e9,
+        "old_logprobs": "recompute", "autocast": None,
     }  # fmt: skip
     reference = reference if algo.needs_reference else None
-    return Learner(policy=policy, reference=reference, critic=critic, **settings | other)
+    return Learner(**{"policy": policy, "reference": reference, "critic": critic} | settings | other)
 
 
 def random_batch(seed: int = 0, rows: int = 8, columns: int = 14) -> Batch:
@@ -84,6 +84,16 @@ def random_batch(seed: int = 0, rows: int = 8, columns: int = 14) -> Batch:
     )
 
 
+def with_shared_prompts(batch: Batch, length: int = 5) -> Batch:
+    """The rows of a group begin alike, and begin to act after that."""
+    ids, action = batch.token_ids.clone(), batch.action_mask.clone()
+    for group in batch.group_ids.unique():
+        own = batch.group_ids == group
+        ids[own, :length] = ids[own.nonzero()[0], :length]
+    action[:, :length] = False
+    return replace(batch, token_ids=ids, action_mask=action)
+
+
 def gradients(learner: Learner, batch: Batch, algo: Algorithm) -> Tensor:
     """The gradient of the first mini-batch, before clipping and stepping, as one vector."""
     scores = learner.score(batch)
@@ -100,6 +110,37 @@ def test_any_micro_batch_split_gives_the_same_gradient(algo, micro_tokens):
     split = gradients(make_learner(algo, micro_tokens=micro_tokens), batch, algo)
     assert torch.allclose(whole, split, atol=1e-7, rtol=1e-5)
     assert whole.abs().max() > 1e-3
+
+
+@ALGORITHMS
+@pytest.mark.parametrize("micro_tokens", [1, 30, 10_000])
+@pytest.mark.parametrize("packing", ["shared", "packed"])
+def test_no_packing_changes_the_gradient_or_a_statistic(algo, micro_tokens, packing):
+    batch = with_shared_prompts(random_batch())
+    outcomes = []
+    for settings in ({"packing": "padded"}, {"packing": packing, "micro_tokens": micro_tokens}):
+        learner = make_learner(algo, **settings)
+        scores = learner.score(batch)
+        metrics = learner.update(0, batch, scores, algo.targets(batch, scores), algo)
+        parameters = [p for m in (learner.policy, learner.critic) if m is not None for p in m.parameters()]
+        outcomes.append((scores, metrics, torch.cat([p.detach().flatten() for p in parameters])))
+    (scores, metrics, weights), (plain_scores, plain_metrics, plain_weights) = outcomes
+    for name in ("old_logprobs", "ref_logprobs", "values"):
+        assert torch.allclose(getattr(scores, name), getattr(plain_scores, name), atol=1e-5)
+    assert metrics == pytest.approx(plain_metrics, rel=1e-4, abs=1e-5)
+    assert torch.allclose(weights, plain_weights, atol=1e-4)
+
+
+def test_a_model_that_cannot_be_packed_trains_padded_and_says_so(capsys):
+    policy = copy.deepcopy(POLICY)
+    policy.set_attn_implementation("eager")
+    algo, batch = grpo(kl_coef=0.0), random_batch()
+    found = gradients(make_learner(algo, policy=policy), batch, algo)
+    assert capsys.readouterr().out == (
+        "otcrl: learner.packing=shared is padded for this model: its attention is 'eager', and packing replaces only "
+        "'sdpa' and 'flash_attention_2'\n"
+    )
+    assert torch.allclose(found, gradients(make_learner(algo), batch, algo), atol=1e-7, rtol=1e-5)
 
 
 def test_leaving_out_rows_without_advantage_changes_nothing():

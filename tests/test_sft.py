@@ -21,7 +21,8 @@ MODEL, TOKENIZER = TinyLlama(width=16, layers=1, heads=2, ff_width=24, context=6
 DIALECT = SearchR1(instructions="{question}", observation_template=" {result} ", require_think=False)
 ADAMW = Optimizer(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=0, decay="linear", final_lr_share=1.0)
 CONFIG = Sft(
-    steps=1, batch_size=3, micro_tokens=1000, max_tokens=64, optimizer=ADAMW, max_grad_norm=1e9, autocast=None,
+    steps=1, batch_size=3, packing="shared", micro_tokens=1000, max_tokens=64, optimizer=ADAMW, max_grad_norm=1e9,
+    autocast=None,
 )  # fmt: skip
 
 

@@ -10,18 +10,20 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from otcrl.algos.functional import token_weights
 from otcrl.algos.mismatch import mismatch
-from otcrl.bucketing import by_length
 from otcrl.errors import TrainingError, nearest
 from otcrl.learner.optimizer import Optimizer, check_precision
 from otcrl.learner.thread import stop_if_cancelled
-from otcrl.models.policy import autocast, token_logprobs
+from otcrl.models.packed_attention import Packed
+from otcrl.models.policy import autocast, recomputing
+from otcrl.models.reader import Packing, Reader
+from otcrl.models.token_logprobs import Entropy
 from otcrl.protocols import Algorithm
 from otcrl.types import Batch, Forward, Metrics, Rows, Scores, Targets, rows
 
@@ -43,7 +45,8 @@ class Learner:
     critic_optimizer: Optimizer
     epochs: int
     minibatch_size: int  # trajectories per optimizer step; 0: all of them
-    micro_tokens: int  # padded tokens per forward pass
+    packing: Packing  # what a forward pass may hold of its rows: their common prefixes once, no padding, or padding
+    micro_tokens: int  # per forward pass, as they are packed
     max_grad_norm: float
     old_logprobs: str  # recompute: one more forward pass | sampler: what the engine reported
     autocast: str | None
@@ -58,6 +61,15 @@ class Learner:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         check_precision(self.max_grad_norm, self.autocast)
+        self._readers = {"policy": Reader.of(self.policy, self.packing, self.autocast)}
+        if self._readers["policy"].why_padded:
+            print(
+                f"otcrl: learner.packing={self.packing} is padded for this model: {self._readers['policy'].why_padded}"
+            )
+        if self.reference is not None:
+            self._readers["reference"] = self._readers["policy"].like(self.reference)
+        if self.critic is not None:
+            self._readers["policy"].prepare(self.critic.body)
         self.optimizers = {"policy": self.policy_optimizer.build(self.policy.parameters())}
         if self.critic is not None:
             self.optimizers["critic"] = self.critic_optimizer.build(self.critic.parameters())
@@ -70,23 +82,24 @@ class Learner:
         old, ref, values = (torch.zeros_like(batch.sampler_logprobs) for _ in range(3))
         if self.old_logprobs == "sampler":
             old = batch.sampler_logprobs
-        for index, micro in self._micros(batch, torch.arange(len(batch.rewards))):
+        for index, micro, packed in self._micros(batch, batch.action_mask.any(1)):
             width = micro.token_ids.shape[1]
             if self.old_logprobs == "recompute":
-                old[index, :width] = self._logprobs(self.policy, micro)[0].cpu()
+                old[index, :width] = self._logprobs("policy", micro, packed)[0].to(old)
             if self.reference is not None:
-                ref[index, :width] = self._logprobs(self.reference, micro)[0].cpu()
+                ref[index, :width] = self._logprobs("reference", micro, packed)[0].to(ref)
             if self.critic is not None:
-                values[index, :width] = self._values(micro).cpu()
+                values[index, :width] = self._values(micro, packed).to(values)
         return Scores(old, ref if self.reference is not None else old, values)
 
     @torch.no_grad()
     def says(self, token_ids: Sequence[int]) -> list[float]:
         """[L] log-probs (nats, temperature 1) of the policy; 0.0 for the first. What `Engine.score` must agree with."""
-        ids_1T = torch.tensor([list(token_ids)], device=self.policy.device)
-        scored_1T = torch.arange(len(token_ids), device=ids_1T.device)[None] > 0
-        with autocast(self.autocast, self.policy.device):
-            return token_logprobs(self.policy, ids_1T, scored_1T)[0][0].tolist()
+        ids_1T = torch.tensor([list(token_ids)])
+        scored_1T = torch.arange(len(token_ids))[None] > 0
+        (micro,) = self._readers["policy"].micros(ids_1T, scored_1T, len(token_ids))
+        device = self.policy.device
+        return self._readers["policy"].logprobs(ids_1T.to(device), scored_1T.to(device), micro.packed)[0][0].tolist()
 
     # -- update ------------------------------------------------------------------------------------
 
@@ -146,11 +159,11 @@ class Learner:
         sums: dict[str, float] = defaultdict(float)
         done, total = 0, int(acting_B.sum())
         seen = 0.0  # share of the weight that was looked at, so statistics stay averages
-        for index, micro in self._micros(mini, acting_B.nonzero().squeeze(-1)):
+        for index, micro, packed in self._micros(mini, acting_B):
             width, device = micro.token_ids.shape[1], self.policy.device
             w_BT = weights_BT[index, :width].to(device)
             cut_scores, cut_targets = self._cut(scores, index, width), self._cut(targets, index, width)
-            new = self._forward(micro, "train" if algo.trains_entropy else "measure")
+            new = self._forward(micro, packed, "train" if algo.trains_entropy else "measure")
             out = algo.token_loss(new, micro, cut_scores, cut_targets)
             loss = (out.loss * w_BT).sum()
             loss.backward()
@@ -178,33 +191,35 @@ class Learner:
 
     # -- pieces ------------------------------------------------------------------------------------
 
-    def _forward(self, micro: Batch, entropy: Literal["measure", "train"]) -> Forward:
-        logprobs_BT, entropy_BT = self._logprobs(self.policy, micro, entropy)
-        values_BT = self._values(micro) if self.critic is not None else torch.zeros_like(logprobs_BT)
+    def _forward(self, micro: Batch, packed: Packed | None, entropy: Entropy) -> Forward:
+        with recomputing(self.policy, *([self.critic] if self.critic is not None else [])):
+            logprobs_BT, entropy_BT = self._logprobs("policy", micro, packed, entropy)
+            values_BT = self._values(micro, packed) if self.critic is not None else torch.zeros_like(logprobs_BT)
         return Forward(logprobs_BT, entropy_BT, values_BT)
 
     def _logprobs(
-        self, model: PreTrainedModel, micro: Batch, entropy: Literal["skip", "measure", "train"] = "skip"
+        self, name: str, micro: Batch, packed: Packed | None, entropy: Entropy = "skip"
     ) -> tuple[Tensor, Tensor]:
-        with autocast(self.autocast, model.device):
-            return token_logprobs(model, micro.token_ids, micro.action_mask, self.temperature, entropy)
+        reader = self._readers[name]
+        return reader.logprobs(micro.token_ids, micro.action_mask, packed, self.temperature, entropy)
 
-    def _values(self, micro: Batch) -> Tensor:
+    def _values(self, micro: Batch, packed: Packed | None) -> Tensor:
         assert self.critic is not None
         with autocast(self.autocast, micro.token_ids.device):
-            return self.critic(micro.token_ids) * micro.action_mask
+            return self.critic(micro.token_ids, packed) * micro.action_mask
 
     def _minibatches(self, step: int, count: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         for _ in range(self.epochs):
             yield from torch.randperm(count, generator=generator).split(self.minibatch_size or count)
 
-    def _micros(self, batch: Batch, chosen: Tensor) -> Iterator[tuple[Tensor, Batch]]:
-        """(row numbers, those rows cut to their longest, on the policy's device): like lengths together."""
-        lengths = batch.attention_mask.sum(1)[chosen].tolist()
-        for bucket in by_length(lengths, self.micro_tokens):
+    def _micros(self, batch: Batch, chosen_B: Tensor) -> Iterator[tuple[Tensor, Batch, Packed | None]]:
+        """One forward pass each: row numbers, those rows cut after their last action on the policy's device, packed."""
+        mask_BT = batch.action_mask & chosen_B[:, None]
+        for micro in self._readers["policy"].micros(batch.token_ids, mask_BT, self.micro_tokens):
             stop_if_cancelled()
-            yield chosen[bucket], self._cut(batch, chosen[bucket], max(lengths[place] for place in bucket))
+            index = torch.tensor(micro.rows)
+            yield index, self._cut(batch, index, micro.width), micro.packed
 
     def _cut(self, data: Rows, index: Tensor, width: int) -> Rows:
         """Rows `index`, columns up to `width`, on the policy's device."""
