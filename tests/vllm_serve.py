@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.error import URLError
@@ -69,11 +70,21 @@ class VLLMServer:
                 time.sleep(0.25)
         raise AssertionError(f"no server within {START_S} s: {self.log.read_text()[-2000:]}")
 
+    def kill_core(self) -> None:
+        """What computes is gone, and what answers is still there."""
+        assert self.process is not None
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
         """With all its processes, as when its machine is lost."""
         if self.process is not None:
-            os.killpg(self.process.pid, how)
-            self.process.wait()
+            for signaled in (how, signal.SIGKILL):  # one that lost its core may wait for it for ever
+                with suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signaled)
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(timeout=8)
             self.process = None
 
 

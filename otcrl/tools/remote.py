@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import random
 import threading
 import time
@@ -84,7 +85,9 @@ class Servers:
         connections: int = 256,  # at a time, of one loop
         uses_proxy: bool = False,  # that of the environment; servers of one's own are asked without
     ) -> None:
-        """Raises ConfigError for what is no URL, or a token that no header can carry."""
+        """Raises ConfigError for what is no URL, for a token that no header can carry, and without httpx."""
+        if importlib.util.find_spec("httpx") is None:
+            raise ConfigError("speaking to servers needs httpx: pip install 'otcrl[serve]'")
         self._servers = {url: Server(url) for url in map(checked_url, urls)}
         if not self._servers:
             raise ConfigError("urls: name at least one server, e.g. http://127.0.0.1:8080")
