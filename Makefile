@@ -16,7 +16,7 @@ test: .venv/.tests
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
-	$(BIN)/pytest -q -n 2 -m "not gpu"
+	$(BIN)/pytest -q -n 2 --dist loadfile -m "not gpu"
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv

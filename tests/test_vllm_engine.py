@@ -19,7 +19,7 @@ from otcrl.models.policy import token_logprobs
 from otcrl.protocols import Completion
 from otcrl.rollout.submission import before_half_stop
 from otcrl.rollout.vllm_engine import VLLMEngine
-from otcrl.rollout.vllm_launch import check_vllm
+from otcrl.rollout.vllm_launch import check_vllm, child_environment
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer("</search>", "</ans")
@@ -30,7 +30,7 @@ T = TypeVar("T")
 def make(model: PreTrainedModel, **settings: Any) -> VLLMEngine:
     defaults: dict[str, Any] = {
         "context": 256, "max_sequences": 16, "batch_tokens": 512, "dtype": None, "gpu_memory": 0.5, "cpu_cache_gib": 1,
-        "devices": None, "tensor_parallel": 1, "data_parallel": 1, "transport": "auto", "weights_dir": None,
+        "devices": None, "tensor_parallel": 1, "transport": "auto", "weights_dir": None,
         "sleep_level": 2, "start_timeout_s": 300, "sync_timeout_s": 60, "max_deaths": 1,
         "options": {"enforce_eager": True},
     }  # fmt: skip
@@ -300,6 +300,7 @@ def test_an_engine_that_is_killed_comes_back_with_its_weights_and_the_same_draws
         ({"transport": "ipc"}, "transport ipc needs a model on a GPU"),
         ({"options": {"enforce_eagre": True}}, "none of vLLM's AsyncEngineArgs. Did you mean 'enforce_eager'"),
         ({"options": {"logprobs_mode": "raw_logprobs"}}, "options.logprobs_mode is set by otcrl itself"),
+        ({"options": {"data_parallel_size": 2}}, "options.data_parallel_size is set by otcrl itself"),
         ({"gpu_memory": 1.5}, "gpu_memory must be a share"),
         ({"max_deaths": -1}, "max_deaths must be at least 0"),
     ],
@@ -307,6 +308,17 @@ def test_an_engine_that_is_killed_comes_back_with_its_weights_and_the_same_draws
 def test_settings_that_cannot_work_are_refused_before_anything_starts(settings, expected):
     with pytest.raises(ValueError, match=expected):
         make(fresh_model(), **settings)
+
+
+def test_vllm_does_not_take_the_ranks_of_a_training_job_for_its_own(monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x"}.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    with child_environment([3], cpu_cache_gib=1.5):
+        assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+        assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "2"
+    assert dict(os.environ) == before
 
 
 def test_the_installed_vllm_is_one_that_is_known():

@@ -30,7 +30,7 @@ from otcrl.errors import EngineError, nearest
 from otcrl.protocols import Completion
 from otcrl.rollout.gate import Gate, deadline
 from otcrl.rollout.publication import Message, Publisher, check_delivery
-from otcrl.rollout.submission import Part, check_request, complete, sampling, stable_number
+from otcrl.rollout.submission import Part, check_request, complete, sampling
 from otcrl.rollout.vllm_launch import (
     arguments,
     check_settings,
@@ -60,7 +60,6 @@ class VLLMEngine:
     cpu_cache_gib: float  # K/V cache where there is no GPU
     devices: tuple[int, ...] | None  # GPUs, by number; null: all that are visible, under torchrun this rank's
     tensor_parallel: int  # GPUs that share one copy of the model
-    data_parallel: int  # copies of the model
     transport: Literal["auto", "file", "ipc"]  # of new weights
     weights_dir: str | None  # of transport file; null: main memory
     sleep_level: Literal[0, 1, 2]  # while the learner works: 0 stays awake, 1 weights to main memory, 2 drops them
@@ -159,13 +158,8 @@ class VLLMEngine:
             self._in_flight.add(request)
             final: RequestOutput | None = None
             try:
-                async for output in llm.generate(
-                    {"prompt_token_ids": ids},
-                    params,
-                    request,
-                    priority=priority,
-                    data_parallel_rank=stable_number(session) % self.data_parallel if self.data_parallel > 1 else None,
-                ):
+                prompt: Any = {"prompt_token_ids": ids}
+                async for output in llm.generate(prompt, params, request, priority=priority):
                     final = output
                 assert final is not None, "a request ends with an output"
                 return final, version

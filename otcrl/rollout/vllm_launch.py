@@ -46,7 +46,7 @@ def check_version(found: str) -> None:
 
 def check_settings(engine: VLLMEngine) -> None:
     """Raises ValueError naming the setting that cannot work."""
-    for name in ("context", "max_sequences", "batch_tokens", "tensor_parallel", "data_parallel"):
+    for name in ("context", "max_sequences", "batch_tokens", "tensor_parallel"):
         if getattr(engine, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(engine, name)}")
     if not 0 < engine.gpu_memory <= 1:
@@ -86,7 +86,7 @@ def arguments(engine: VLLMEngine, folder: Path) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "worker_extension_cls": EXTENSION,
         "tensor_parallel_size": engine.tensor_parallel,
-        "data_parallel_size": engine.data_parallel,
+        "data_parallel_size": 1,  # of more, only the first would say whether new weights have arrived
         "disable_log_stats": True,
         **(for_gpu if on_gpu else {}),
     }
