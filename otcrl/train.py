@@ -124,7 +124,7 @@ async def train_step(step: int, run: Run) -> Metrics:
 
 
 async def publish(run: Run, version: int, token_ids: Sequence[Sequence[int]]) -> Metrics:
-    """The engine has the learner's weights, and proves it on some of `token_ids`. Raises TrainingError if it has not."""
+    """The engine has the learner's weights, and proves it on some of `token_ids`. Raises TrainingError otherwise."""
     await run.engine.load_weights(run.learner.weights(), version)
     if not run.proof.is_due(version):
         return {}

@@ -39,9 +39,12 @@ def flip(manifest: Manifest, name: str) -> None:
 def test_what_is_read_is_what_was_written(snapshot):
     manifest = Manifest.of(snapshot.write(WEIGHTS.items(), version=3).plain())
     found = dict(read(manifest))
-    assert manifest.version == 3 and list(found) == list(WEIGHTS) and damaged(manifest) == []
+    assert manifest.version == 3
+    assert list(found) == list(WEIGHTS)
+    assert damaged(manifest) == []
     for name, tensor in WEIGHTS.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
 
 
 def test_one_flipped_bit_is_found_and_named(snapshot):
@@ -61,7 +64,8 @@ def test_the_file_is_gone_with_its_owner(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
     in_memory.close()
     in_folder.close()
-    assert not in_memory.path.exists() and not list(tmp_path.iterdir())
+    assert not in_memory.path.exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path):

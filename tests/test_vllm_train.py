@@ -43,7 +43,8 @@ def test_vllm_samples_what_the_learner_would_have(finished):
 
 def test_every_publication_was_proven(finished):
     gaps = [row["sync/logprob_gap_max"] for row in rows(finished / "metrics.jsonl")[:3]]
-    assert len(gaps) == 3 and max(gaps) < 1e-4
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-4
 
 
 def test_tools_were_called_and_answered_in_between(finished):
