@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from otcrl.models.policy import token_logprobs
+from otcrl.models.reader import Reader
 from otcrl.models.tiny import TinyLlama
 from otcrl.rollout.hf_engine import HFEngine
 from otcrl.sft import train_sft
 from otcrl.tools.retrieval.dense import Dense, build, exact, tune
+from tests.test_packed_models import group, tensors
 from tests.test_sft import CONFIG, DIALECT, Fixed
+from tests.tiny import tiny_llama
 
 pytestmark = pytest.mark.gpu
 WORDS = "q ? <search> </search> <answer> </answer> <information> </information> a b c d".split()
@@ -60,6 +63,31 @@ def test_the_cold_start_learns(cuda):
     moved = model.to(cuda)  # pyright: ignore[reportArgumentType]
     train_sft(moved, tokenizer, Fixed("c", "d"), DIALECT, config, lambda step, m: losses.append(m["sft/loss"]))
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "close"), [(torch.float32, 1e-3), (torch.bfloat16, 0.1)], ids=["float32", "bfloat16"]
+)
+@pytest.mark.parametrize("packing", ["packed", "shared"])
+def test_packed_rows_say_and_learn_what_padded_ones_do(cuda, packing, dtype, close):
+    rows = group(50, [7, 40, 23, 40])
+    ids_BT, mask_BT = tensors(rows)
+    outcomes = []
+    for way in ("padded", packing):
+        model = tiny_llama(64, heads=(4, 2)).to(cuda, dtype)  # pyright: ignore[reportArgumentType]
+        reader = Reader.of(model, way, autocast=None)
+        assert reader.packing == way
+        (micro,) = reader.micros(ids_BT, mask_BT, 1000)
+        ids, mask = ids_BT[micro.rows, : micro.width].to(cuda), mask_BT[micro.rows, : micro.width].to(cuda)
+        said = torch.zeros(ids_BT.shape)
+        logprobs = reader.logprobs(ids, mask, micro.packed)[0]
+        said[micro.rows, : micro.width] = logprobs.detach().cpu()
+        logprobs.sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).float()
+        outcomes.append((said, gradient))
+    (plain, plain_gradient), (ours, our_gradient) = outcomes
+    assert torch.allclose(plain, ours, atol=close)
+    assert (plain_gradient - our_gradient).norm() < close * plain_gradient.norm()
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf"])

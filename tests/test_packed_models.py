@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -23,9 +25,11 @@ from transformers import (
 )
 
 from otcrl.models.critic import Critic
+from otcrl.models.packed_attention import Packed, by_buckets, of_rows
 from otcrl.models.policy import recomputing, token_logprobs
 from otcrl.models.reader import Packing, Reader
 from otcrl.models.token_logprobs import Entropy
+from otcrl.packing import lay_out
 from tests.test_token_logprobs import Sizes
 from tests.tiny import tiny_llama
 
@@ -161,6 +165,24 @@ def test_packing_changes_nothing_in_float32(family: str, rows: Rows, max_tokens:
 
 
 @settings(max_examples=30, deadline=None)
+@given(rows=shared_rows(), share=st.booleans(), window=st.sampled_from([None, 1, 3]))
+def test_a_kernel_of_variable_lengths_is_given_the_same_attention(rows: Rows, share: bool, window: int | None):
+    packed = Packed(lay_out([np.array(ids) for ids, _ in sorted(rows)], share=share), torch.device("cpu"))
+    query, key, value = torch.randn(3, len(packed.layout.token_ids_U), 2, 4, dtype=torch.float64)
+    expected = by_buckets(query, key, value, packed, None, window)
+    keys, values = of_rows(key, value, packed)
+    ends = zip(pairwise(packed.query_ends.tolist()), pairwise(packed.key_ends.tolist()), strict=True)
+    for (q, q_end), (s, s_end) in ends:
+        back = torch.arange(s_end - s)[-(q_end - q) :, None] - torch.arange(
+            s_end - s
+        )  # the last query sees the last key
+        mask = (back >= 0) & (back < (window or 1000))
+        alone = [x.transpose(0, 1) for x in (query[q:q_end], keys[s:s_end], values[s:s_end])]
+        found = nn.functional.scaled_dot_product_attention(*alone, attn_mask=mask).transpose(0, 1)
+        torch.testing.assert_close(found, expected[q:q_end], atol=1e-12, rtol=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
 @given(rows=shared_rows())
 def test_a_pass_holds_each_prefix_that_an_action_depends_on_once(rows: Rows):
     reader = Reader.of(MODELS["llama"], "shared", autocast=None)
@@ -260,6 +282,16 @@ def test_a_model_that_cannot_be_packed_is_padded_and_says_why(model: PreTrainedM
     assert model.config._attn_implementation == own
 
 
+def test_finding_out_what_a_model_can_do_leaves_it_as_it_was():
+    model = tiny("llama", attention_dropout=0.5).train()
+    first_layer(model).mlp.eval()
+    reader = Reader.of(model, "shared", None)
+    assert reader.packing == "shared"  # dropout did not confuse it
+    assert model.training
+    assert not first_layer(model).mlp.training
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_positions_that_only_look_ordinary_are_found_out():
     model = tiny("llama")
 
@@ -275,7 +307,7 @@ def test_positions_that_only_look_ordinary_are_found_out():
     decoder.rotary_emb = Shifted(decoder.rotary_emb)
     reader = Reader.of(model, "shared", None)
     assert reader.packing == "padded"
-    assert "packed rows change its hidden states" in reader.why_padded
+    assert "it changes hidden states by" in reader.why_padded
 
 
 def test_a_packed_model_still_reads_padded_rows_and_masks_as_before():

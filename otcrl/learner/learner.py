@@ -97,9 +97,11 @@ class Learner:
         """[L] log-probs (nats, temperature 1) of the policy; 0.0 for the first. What `Engine.score` must agree with."""
         ids_1T = torch.tensor([list(token_ids)])
         scored_1T = torch.arange(len(token_ids))[None] > 0
-        (micro,) = self._readers["policy"].micros(ids_1T, scored_1T, len(token_ids))
-        device = self.policy.device
-        return self._readers["policy"].logprobs(ids_1T.to(device), scored_1T.to(device), micro.packed)[0][0].tolist()
+        reader, device = self._readers["policy"], self.policy.device
+        said_1T = torch.zeros(ids_1T.shape)
+        for micro in reader.micros(ids_1T, scored_1T, len(token_ids)):
+            said_1T = reader.logprobs(ids_1T.to(device), scored_1T.to(device), micro.packed)[0]
+        return said_1T[0].tolist()
 
     # -- update ------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ own kind is found out at once, whatever the kind.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,9 +106,22 @@ class Reader:
 # -- what a model can do ------------------------------------------------------------------------------
 
 
-@torch.no_grad()
+@contextmanager
+def tried(model: PreTrainedModel) -> Iterator[None]:
+    """Without gradients or dropout, and nothing is left changed."""
+    attention, training = model.config._attn_implementation or "sdpa", {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.set_attn_implementation(attention)
+        for module, was in training.items():
+            module.training = was
+
+
 def why_not_packed(model: PreTrainedModel) -> str:
-    """Why rows cannot be packed for this model, empty if they can. Its attention is left as it was."""
+    """Why rows cannot be packed for this model, empty if they can."""
     config = model.config.get_text_config()
     own = model.config._attn_implementation
     if own not in ("sdpa", "flash_attention_2", PACKED_ATTENTION):
@@ -118,6 +132,12 @@ def why_not_packed(model: PreTrainedModel) -> str:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     if rope in ("dynamic", "longrope"):
         return f"the longest row of a pass changes its {rope} positions, and so all the others"
+    with tried(model):
+        return difference(model, config)
+
+
+def difference(model: PreTrainedModel, config: PreTrainedConfig) -> str:
+    """What packing changes of the hidden states of `PROBE`'s rows, empty if nothing. Leaves another attention."""
     rows = [np.array(row) % config.vocab_size for row in PROBE]
     rows_1L = [torch.tensor(row, device=model.device)[None] for row in rows]
     expected = [model.base_model(row_1L, use_cache=False).last_hidden_state[0] for row_1L in rows_1L]
@@ -127,17 +147,13 @@ def why_not_packed(model: PreTrainedModel) -> str:
         found_UD = model.base_model(**packed.inputs()).last_hidden_state[0]
     except TypeError as error:
         return f"its forward does not hand on what packed attention needs ({error})"
-    finally:
-        model.set_attn_implementation(own)
     if set(windows(config)) - packed.windows:
         return "its sliding windows are not what its attention is told"
     close = CLOSE if torch.finfo(found_UD.dtype).bits >= 32 else CLOSE_IN_HALF
     for i, own_LD in enumerate(expected):
         gap = (found_UD[packed.where_BT[i, : len(own_LD)]] - own_LD).norm() / own_LD.norm()
         if not gap < close:
-            return (
-                f"packed rows change its hidden states by {gap:.2g} of their length: is its attention of its own kind?"
-            )
+            return f"it changes hidden states by {gap:.2g} of their length: are its positions or attention unusual?"
     return ""
 
 
@@ -148,7 +164,6 @@ def windows(config: PreTrainedConfig) -> list[int]:
     return [size] if size is not None and "sliding_attention" in kinds else []
 
 
-@torch.no_grad()
 def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     """The output layer, if the logits are what it makes of the last hidden states, and nothing else."""
     head = output_layer(model)
@@ -165,9 +180,11 @@ def plain_head(model: PreTrainedModel) -> nn.Linear | None:
     hooks = [model.base_model.register_forward_hook(see_body), head.register_forward_hook(see_head)]
     try:
         ids_1T = torch.tensor([PROBE[0]], device=model.device) % model.config.get_text_config().vocab_size
-        logits = model(ids_1T, use_cache=False).logits
+        with tried(model):
+            logits = model(ids_1T, use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()
-    is_plain = torch.equal(logits, seen["logits"].to(logits.dtype)) and torch.equal(seen["hidden"], seen["input"])
-    return head if is_plain else None
+    is_last = torch.equal(logits, seen["logits"].to(logits.dtype))
+    is_first = "hidden" in seen and torch.equal(seen["hidden"], seen["input"])  # not where a model skips its own body
+    return head if is_first and is_last else None
