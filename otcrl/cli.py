@@ -167,6 +167,22 @@ def sweep(command: str, settings: list[str], flags: frozenset[str]) -> int:
     return 1 if failed else 0
 
 
+# -- plan ---------------------------------------------------------------------------------------------------
+
+
+def plan(settings: list[str], flags: frozenset[str]) -> int:
+    from otcrl.plan.command import OWN, plan
+
+    named, overrides = take(settings, *OWN)
+    model, rest = take(overrides, "model")
+    if "model" in model and model["model"] not in options("model"):
+        from otcrl.compose import quoted
+
+        overrides = [*rest, "model=pretrained", f"model.path={quoted(model['model'])}"]
+    plan(run_config(overrides), named)
+    return 0
+
+
 # -- serve, index, models ----------------------------------------------------------------------------------
 
 
@@ -234,6 +250,20 @@ COMMANDS = {
         ),
         evaluate,
         CFG,
+    ),
+    "plan": Command(
+        "what a run needs: memory on each GPU, time and cost; or the least change that makes it fit",
+        "conf=NAME_OR_FILE [model=NAME_OR_DIR] [nodes=1] [gpus=1] [gpu=h100-80gb] [key=value ...]\n"
+        "  training:  zero=0..3  offload=none|cpu|nvme  offload_params=none|cpu|nvme  lora=RANK  tp=GPUS_PER_ENGINE\n"
+        "  a trajectory, on average:  prompt_tokens=300  sampled_tokens=N  observed_tokens=N  calls=N  tool_s=0.5\n"
+        "  mfu=0.40  price=PER_GPU_HOUR  host_gib=MEMORY_OF_A_NODE  json=FILE",
+        (
+            "otcrl plan conf=quickstart gpu=cpu",
+            "otcrl plan conf=smollm2_search engine=vllm model=Qwen/Qwen2.5-7B-Instruct model.dtype=bfloat16 gpus=8",
+            "otcrl plan conf=mine.yaml nodes=8 gpus=8 gpu=h100-80gb zero=3 offload=cpu tp=8 price=2 json=plan.json",
+        ),
+        plan,
+        {},
     ),
     "serve": Command(
         "serve a tool over HTTP, for trainers on other machines",
