@@ -90,6 +90,7 @@ IMPOSSIBLE = {
     "'bfloat16'?",
     "learner.epochs=0": "learner: epochs must be at least 1, got 0",
     "learner.minibatch_size=-1": "learner: minibatch_size must be at least 0, got -1",
+    "learner.packing=share": "learner.packing must be 'shared' or 'packed' or 'padded', got 'share'. Did you mean ",
     "learner.micro_tokens=0": "learner: micro_tokens must be at least 1, got 0",
     "learner.max_grad_norm=0": "learner: max_grad_norm must be above 0, got 0.0",
     "learner.old_logprobs=sample": "learner: old_logprobs must be 'recompute' or 'sampler', got 'sample'. Did you mean "
