@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--trl", type=Path, default=Path("build/trl"), help="where TRL is installed")
     parser.add_argument("--trajectories", type=int, default=64, help="of part overlap")
     parser.add_argument("--rounds", type=int, default=3, help="of parts overlap and overhead; the median counts")
-    parser.add_argument("--steps", type=int, default=2, help="of part trl; the last one counts")
+    parser.add_argument("--steps", type=int, default=1, help="of part trl; the last one counts")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, on every side")
     given = vars(parser.parse_args())
     parts = given.pop("parts") or [name for name in PARTS if name != "gpu"]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rollout_parts import section
+from rollout_work import Finishes
 
 import otcrl
 from otcrl.build import build_run, build_world, close
@@ -57,17 +58,19 @@ def config(spec: dict[str, Any], folder: str) -> dict[str, Any]:
 async def steps(run: Run, spec: dict[str, Any]) -> list[dict[str, float]]:
     found, rows = [], spec["problems"] * spec["group"]
     for step in range(spec["steps"]):
-        before, begun = getattr(run.engine, "sampled"), time.perf_counter()  # noqa: B009  # of `Finishes`
+        assert isinstance(run.engine, Finishes)
+        before, begun, cpu = run.engine.sampled, time.perf_counter(), time.process_time()
         metrics = await train_step(step, run)
-        step_s = time.perf_counter() - begun
+        step_s, cpu_s = time.perf_counter() - begun, time.process_time() - cpu
         calls = round(metrics["calls/executed"] * rows)
-        sampled = getattr(run.engine, "sampled") - before  # noqa: B009
+        sampled = run.engine.sampled - before
         tokens = round(metrics["rollout/tokens"] * rows)
         asked = [run.collector.player.open(problem) for problem in run.task.sample(step, spec["problems"])]
         prompt_tokens = spec["group"] * sum(map(len, asked))
         phases = {f"{name}_s": metrics[f"time/{name}_s"] for name in ("rollout", "score", "update", "sync")}
         counts = {"sampled_tokens": sampled, "calls": calls, "prompt_tokens": prompt_tokens}
-        found.append({"step_s": step_s, **phases, **counts, "observation_tokens": tokens - prompt_tokens - sampled})
+        counts["observation_tokens"] = tokens - prompt_tokens - sampled
+        found.append({"step_s": step_s, "step_cpu_s": cpu_s, **phases, **counts})
     await run.rollouts.close()
     await run.engine.close()
     return found

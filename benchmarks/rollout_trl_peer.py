@@ -64,12 +64,12 @@ class Clock(TrainerCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
-        self.trainer.spent, self.begun = {}, time.perf_counter()
+        self.trainer.spent, self.begun, self.cpu = {}, time.perf_counter(), time.process_time()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
         step_s = time.perf_counter() - self.begun
-        spent = {"step_s": step_s, **self.trainer.spent}
+        spent = {"step_s": step_s, "step_cpu_s": time.process_time() - self.cpu, **self.trainer.spent}
         self.steps.append(spent | {"update_s": step_s - spent["rollout_s"]})
 
 
