@@ -8,6 +8,7 @@
     longest      the trajectory whose tools take longest, alone on the engine
 
 No way of scheduling is faster than engine only, nor than longest; `wall_vs_bound` is ours over the larger of the two.
+Every round draws other latencies, the same for all ways; the ratios are medians of the rounds' own.
 """
 
 from __future__ import annotations
@@ -89,19 +90,21 @@ async def measure(work: Overlap, rounds: int) -> tuple[list[Row], dict[str, floa
     engine, model, tokenizer = make_engine(work)
     tool = SlowSearch(median_s=work.median_s, sigma=work.sigma, result=passage(work.observation_tokens, tokenizer))
     problems = Questions(length=work.question_words).sample(0, work.trajectories)
-    names = [f"trajectory {i}" for i in range(work.trajectories)]
-    spans = {name: sum(tool.latency(name, call) for call in range(work.calls)) for name in names}
-    slowest = max(names, key=spans.__getitem__)
-    alone = [problems[names.index(slowest)]], [slowest]
     found: dict[str, list[float]] = {"ours": [], "synchronous": [], "engine only": [], "longest": []}
     tokens: dict[str, int] = {}
+    spans: list[float] = []  # seconds that the tools of each trajectory take
 
     def make(tool: SlowSearch) -> Player:
         return make_player(engine, tokenizer, tool, work.calls, work.turn_tokens)
 
     try:
-        await ours(make(replace(tool, median_s=0.0)), problems, names)  # warm
-        for _ in range(rounds):
+        await ours(make(replace(tool, median_s=0.0)), problems, list(map(str, range(work.trajectories))))  # warm
+        for round in range(rounds):
+            names = [f"trajectory {i} of round {round}" for i in range(work.trajectories)]
+            own = {name: sum(tool.latency(name, call) for call in range(work.calls)) for name in names}
+            slowest = max(names, key=own.__getitem__)
+            alone = [problems[names.index(slowest)]], [slowest]
+            spans += own.values()
             for way in found:
                 await engine.load_weights(model.named_parameters(), engine.version + 1)  # nobody finds a warm cache
                 fresh = replace(tool, median_s=0.0 if way == "engine only" else work.median_s)
@@ -109,14 +112,22 @@ async def measure(work: Overlap, rounds: int) -> tuple[list[Row], dict[str, floa
                 whom = alone if way == "longest" else (problems, names)
                 spent, tokens[way] = await seconds(play(make(fresh), *whom))
                 found[way].append(spent)
-                print(f"overlap, {work.engine}: {way} {spent:.1f} s", flush=True)
+                print(f"overlap, {work.engine}, round {round}: {way} {spent:.1f} s", flush=True)
     finally:
         await engine.close()
     assert len({tokens[way] for way in ("ours", "synchronous", "engine only")}) == 1, f"different work: {tokens}"
     wall = {way: median(times) for way, times in found.items()}
-    bound = max(wall["engine only"], wall["longest"])
-    ratios = {"wall_vs_bound": wall["ours"] / bound, "speedup_vs_turn_synchronous": wall["synchronous"] / wall["ours"]}
-    return described(work, wall, sorted(spans.values()), tokens["ours"]), ratios
+    rounds_ratios = [
+        {"wall_vs_bound": one / max(engine_only, longest), "speedup_vs_turn_synchronous": other / one}
+        for one, other, engine_only, longest in zip(*found.values(), strict=True)
+    ]
+    ratios = {name: median(each[name] for each in rounds_ratios) for name in rounds_ratios[0]}
+    each = [
+        row("overlap", f"round {i}: {name}", value, "")
+        for i, own in enumerate(rounds_ratios)
+        for name, value in own.items()
+    ]
+    return [*described(work, wall, sorted(spans), tokens["ours"]), *each], ratios
 
 
 def described(work: Overlap, wall: Mapping[str, float], spans: Sequence[float], tokens: int) -> list[Row]:
