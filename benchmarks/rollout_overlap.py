@@ -99,8 +99,8 @@ async def measure(work: Overlap, rounds: int) -> tuple[list[Row], dict[str, floa
 
     try:
         await ours(make(replace(tool, median_s=0.0)), problems, list(map(str, range(work.trajectories))))  # warm
-        for round in range(rounds):
-            names = [f"trajectory {i} of round {round}" for i in range(work.trajectories)]
+        for number in range(rounds):
+            names = [f"trajectory {i} of round {number}" for i in range(work.trajectories)]
             own = {name: sum(tool.latency(name, call) for call in range(work.calls)) for name in names}
             slowest = max(names, key=own.__getitem__)
             alone = [problems[names.index(slowest)]], [slowest]
@@ -112,7 +112,7 @@ async def measure(work: Overlap, rounds: int) -> tuple[list[Row], dict[str, floa
                 whom = alone if way == "longest" else (problems, names)
                 spent, tokens[way] = await seconds(play(make(fresh), *whom))
                 found[way].append(spent)
-                print(f"overlap, {work.engine}, round {round}: {way} {spent:.1f} s", flush=True)
+                print(f"overlap, {work.engine}, round {number}: {way} {spent:.1f} s", flush=True)
     finally:
         await engine.close()
     assert len({tokens[way] for way in ("ours", "synchronous", "engine only")}) == 1, f"different work: {tokens}"

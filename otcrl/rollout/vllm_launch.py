@@ -73,6 +73,7 @@ def arguments(engine: VLLMEngine, folder: Path) -> dict[str, Any]:
     """Of vLLM's AsyncEngineArgs, those that otcrl sets; `folder` has the model's description."""
     on_gpu = engine.model.device.type == "cuda"
     for_gpu = {"gpu_memory_utilization": engine.gpu_memory, "enable_sleep_mode": engine.sleep_level > 0}
+    for_cpu = {"block_size": 32}  # vLLM's own 128 would compute up to 127 tokens of a trajectory again at every turn
     return {
         "model": str(folder),
         "load_format": "dummy",  # the first publication brings the weights
@@ -88,7 +89,7 @@ def arguments(engine: VLLMEngine, folder: Path) -> dict[str, Any]:
         "tensor_parallel_size": engine.tensor_parallel,
         "data_parallel_size": 1,  # of more, only the first would say whether new weights have arrived
         "disable_log_stats": True,
-        **(for_gpu if on_gpu else {}),
+        **(for_gpu if on_gpu else for_cpu),
     }
 
 
@@ -115,6 +116,7 @@ def child_environment(devices: Sequence[int] | None, cpu_cache_gib: float) -> It
     os.environ["PYTHONPATH"] = os.pathsep.join([packages, *filter(None, [own.get("PYTHONPATH")])])
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(cpu_cache_gib)))
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # the trainer waits while the engine works
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
     for name in (*TORCHRUN, *(name for name in own if name.startswith("TORCHELASTIC_"))):
