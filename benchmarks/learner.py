@@ -33,8 +33,10 @@ from transformers import PreTrainedModel
 
 from otcrl.algos import functional as F
 from otcrl.algos.grpo import GRPO
+from otcrl.learner.deepspeed_backend import DeepSpeed
 from otcrl.learner.learner import Learner
 from otcrl.learner.optimizer import Optimizer
+from otcrl.models.lora import Lora
 from otcrl.types import Batch, Targets
 
 WAYS = ("transformers", "padded", "packed", "shared")
@@ -114,7 +116,11 @@ class Ours:
         self.learner = Learner(
             policy=model, reference=None, critic=None, steps=1, seed=0, temperature=1.0, policy_optimizer=ADAMW,
             critic_optimizer=ADAMW, epochs=1, minibatch_size=0, packing=packing, micro_tokens=micro_tokens,  # pyright: ignore[reportArgumentType]
-            max_grad_norm=1.0, old_logprobs="sampler", autocast=None,
+            max_grad_norm=1.0, max_skipped=0, old_logprobs="sampler", autocast=None, backend="torch",
+            deepspeed=DeepSpeed(
+                zero_stage=2, offload="none", offload_params="none", nvme_path=None, bucket=1e8, overlap=True
+            ),
+            lora=Lora(rank=0, alpha=32, targets="all-linear"),
         )  # fmt: skip
 
     def update(self, batch: Batch, targets: Targets) -> float:

@@ -173,8 +173,7 @@ def measure(case: Case) -> dict[str, Any]:
     learner.update(0, rows(batch, few), rows(scores, few), rows(targets, few), algo)
     modules = [learner.policy, *([learner.critic] if learner.critic is not None else [])]
     kept = [p for module in modules for p in module.parameters()]
-    for optimizer in learner.optimizers.values():
-        kept += [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    kept += [value for _, value in learner.state()]
     states = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         learner.update(1, batch, scores, targets, algo)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -14,17 +15,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from otcrl import checkpoint
+from otcrl import checkpoint, dist
 from otcrl.algos.mismatch import Correction
 from otcrl.compose import load, to_yaml
 from otcrl.construct import Constructor, check_section, construct, construct_as, locate, wired_parts
 from otcrl.errors import ConfigError, DataError
 from otcrl.experiment import Evaluate, Experiment, cold_start, evaluate, run_experiment
+from otcrl.health import Health
 from otcrl.learner.learner import Learner
 from otcrl.learner.proof import Proof
 from otcrl.learner.thread import LearnerThread
 from otcrl.loggers import Loggers
-from otcrl.loggers.jsonl import JsonlLogger
+from otcrl.loggers.jsonl import JsonlLogger, whole_lines
 from otcrl.loggers.progress import Bars
 from otcrl.models.critic import Critic
 from otcrl.presets import conf_dir
@@ -48,18 +50,19 @@ MOST_CHECKED = 2000  # prompts of each split that are tried before a run begins
 
 def run_train(cfg: Config) -> None:
     """`otcrl train`: cold start if the config has one, evaluation, training, evaluation, summary."""
+    dist.start(construct_as(dist.Ranks, cfg["ranks"], "ranks"))
     resumed = checkpoint.latest(Path(cfg["resume"]) / "checkpoints") if cfg["resume"] else None
     first_step = resumed.step if resumed is not None else 0
     config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
     world = build_world(cfg)
     if resumed is not None and (sft := Path(cfg["resume"]) / "sft").is_dir():
         checkpoint.load_weights(sft, world.model)  # where the reference was taken
-    with Bars() as bars:
+    with Bars(quiet=not dist.is_first()) as bars:
         run = build_run(cfg, world, bars, first_step)
         try:
             if resumed is None:
                 seconds = cold_start(
-                    world.model, world.tokenizer, world.task, world.dialect, world.sft, run.folder, bars
+                    run.learner, world.tokenizer, world.task, world.dialect, world.sft, run.folder, bars
                 )
                 run.learner.begin()
             else:
@@ -72,22 +75,28 @@ def run_train(cfg: Config) -> None:
         finally:
             run.thread.close()
             run.logger.close()
+    dist.stop()
 
 
 def run_sft(cfg: Config) -> None:
     """`otcrl sft`: the cold start alone; the model is written to run_dir/model."""
+    dist.start(construct_as(dist.Ranks, cfg["ranks"], "ranks"))
     world = build_world(cfg)
     if world.sft.steps < 1:
         raise ConfigError("sft.steps is 0: there is nothing to do")
     check_demonstrations(world)
-    folder = new_folder(cfg)
-    with Bars() as bars:
-        cold_start(world.model, world.tokenizer, world.task, world.dialect, world.sft, folder, bars, name="model")
+    plain = {"reference": None, "critic": None, "steps": 0, "seed": cfg["seed"], "temperature": 1.0}
+    learner = construct_as(Learner, cfg["learner"], "learner", policy=world.model, **plain)
+    folder = first_makes_folder(cfg)
+    with Bars(quiet=not dist.is_first()) as bars:
+        cold_start(learner, world.tokenizer, world.task, world.dialect, world.sft, folder, bars, name="model")
     asyncio.run(close(world.tools))
+    dist.stop()
 
 
 def run_eval(cfg: Config) -> None:
     """`otcrl eval`: measure the model of `run=`, `model=` or `conf=` on held-out problems, or on `data=`."""
+    dist.start(construct_as(dist.Ranks, cfg["ranks"], "ranks"))
     config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
     run, path = cfg["run"], cfg["checkpoint"]
     if run is not None:
@@ -113,8 +122,9 @@ def run_eval(cfg: Config) -> None:
     folder = Path(run or cfg["run_dir"]) / "eval"
     with unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with Bars() as bars:
+    with Bars(quiet=not dist.is_first()) as bars:
         asyncio.run(closing(evaluate(collector, world.task, config, folder, bars), world, engine))
+    dist.stop()
 
 
 # -- parts ------------------------------------------------------------------------------------------
@@ -212,10 +222,14 @@ def build_rollouts(cfg: Config, task: Task, collector: Collector, loop: Loop) ->
     schedule = construct_as(Schedule, cfg["rollout"].get("schedule"), "rollout.schedule")
     if schedule.only_signal and collector.group_size < 2:
         raise ConfigError("rollout.schedule.only_signal compares the trajectories of a group: use group_size 2 or more")
-    stream = Stream(task.sample, loop.problems_per_step)
-    return Rollouts(
-        collector=collector, stream=stream, schedule=schedule, per_step=loop.problems_per_step, steps=loop.steps
-    )
+    if loop.problems_per_step % dist.size():
+        raise ConfigError(
+            f"loop.problems_per_step is {loop.problems_per_step}, and {dist.size()} ranks cannot play as many each: "
+            f"use {max(dist.size(), loop.problems_per_step // dist.size() * dist.size())}"
+        )
+    stream = Stream(task.sample, loop.problems_per_step, dist.rank(), dist.size())
+    own = loop.problems_per_step // dist.size()
+    return Rollouts(collector=collector, stream=stream, schedule=schedule, per_step=own, steps=loop.steps)
 
 
 def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
@@ -231,10 +245,16 @@ def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
     check_questions(collector.player, world.task, loop)
     if world.sft.steps and not first_step:
         check_demonstrations(world)
-    folder = Path(cfg["resume"]) if cfg["resume"] else new_folder(cfg)
+    folder = Path(cfg["resume"]) if cfg["resume"] else first_makes_folder(cfg)
     wired = {"name": cfg["name"], "folder": folder, "config": cfg}
-    extra = [construct(section, f"logger.{key}", **wired) for key, section in cfg["logger"].items()]
-    loggers: list[Logger] = [JsonlLogger(folder / "metrics.jsonl", resume_step=first_step), *extra]
+    health = construct_as(Health, cfg["health"], "health")
+    if first_step and (folder / "metrics.jsonl").is_file():
+        rows = (json.loads(line) for line in whole_lines(folder / "metrics.jsonl"))
+        health.hear(row for row in rows if row["step"] < first_step)
+    loggers: list[Logger] = []
+    if dist.is_first():
+        extra = [construct(section, f"logger.{key}", **wired) for key, section in cfg["logger"].items()]
+        loggers = [JsonlLogger(folder / "metrics.jsonl", resume_step=first_step), *extra]
     return Run(
         task=world.task,
         collector=collector,
@@ -249,9 +269,23 @@ def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
         thread=LearnerThread(),
         logger=Loggers(loggers),
         loop=loop,
+        health=health,
         folder=folder,
         bars=bars,
     )
+
+
+def first_makes_folder(cfg: Config) -> Path:
+    """`new_folder`, made by one of the ranks; the others hear what it could not."""
+    said = ""
+    if dist.is_first():
+        try:
+            new_folder(cfg)
+        except ConfigError as error:
+            said = str(error)
+    if said := dist.from_first(said, "making the run's directory"):
+        raise ConfigError(said)
+    return Path(cfg["run_dir"])
 
 
 def new_folder(cfg: Config) -> Path:

@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from otcrl import dist
 from otcrl.errors import DataError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from otcrl.learner.learner import Learner
@@ -53,10 +55,14 @@ def save(
     import torch
 
     final, temporary = folder / f"step-{step:06d}", folder / f".writing-{step:06d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_model(temporary / "model", learner.policy, tokenizer)
-    torch.save(learner.state_dict(), temporary / "state.pt")
+    if dist.is_first():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    save_model(temporary / "model", learner, tokenizer)
+    tensors = {name: value.clone() for name, value in learner.state() if dist.is_first()}
+    if not dist.is_first():
+        return final
+    torch.save(tensors, temporary / "state.pt")
     run = {"step": step, "reward_state": dict(reward_state), "frontier": asdict(frontier)}
     (temporary / "run.json").write_text(json.dumps(run))
     for file in temporary.rglob("*"):
@@ -70,10 +76,12 @@ def save(
     return final
 
 
-def save_model(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A directory that transformers and vLLM load."""
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+def save_model(path: Path, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A directory that transformers and vLLM load. On all ranks."""
+    tensors = {name: value.cpu().clone() for name, value in learner.weights() if dist.is_first()}
+    if dist.is_first():
+        learner.policy.save_pretrained(path, state_dict=tensors)
+        tokenizer.save_pretrained(path)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -97,26 +105,42 @@ def restore(checkpoint: Checkpoint, learner: Learner) -> None:
     """Load weights, critic and optimizers into `learner`, in place. Raises DataError when they are another model's."""
     import torch
 
-    load_weights(checkpoint.path / "model", learner.policy)
+    learner.load_weights(read_weights(checkpoint.path / "model", learner.shapes()))
     state = torch.load(checkpoint.path / "state.pt", map_location="cpu", weights_only=True)
-    if missing := [name for name in learner.optimizers if name not in state]:
-        raise DataError(f"{checkpoint.path} was written without a {missing[0]}: resume with the algo it was made with")
-    learner.load_state_dict(state)
+    try:
+        learner.load_state(state.__getitem__)
+    except KeyError as error:
+        what = str(error.args[0]).partition("/")[0]
+        raise DataError(
+            f"{checkpoint.path} was written without a {what}: resume with the algo it was made with"
+        ) from error
 
 
 def load_weights(path: Path, model: PreTrainedModel) -> None:
     """The weights that `save_model` left in `path`, into `model`. Raises DataError when they do not fit."""
-    from safetensors.torch import load_file
+    import torch
 
-    tensors = {
-        name: tensor for shard in sorted(path.glob("*.safetensors")) for name, tensor in load_file(shard).items()
-    }
-    for name, parameter in model.state_dict().items():
-        if name in tensors and tensors[name].shape != parameter.shape:
-            found, needed = list(tensors[name].shape), list(parameter.shape)
-            raise DataError(f"{path}: {name} is {found}, and the config's model has {needed}")
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    tied = {name for name in missing if name.endswith("lm_head.weight")}  # saved once, as the embedding
-    if unexpected or set(missing) - tied:
-        raise DataError(f"{path}: missing {sorted(set(missing) - tied)}, unexpected {sorted(unexpected)}")
-    model.tie_weights()
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in read_weights(path, {name: parameter.shape for name, parameter in own.items()}):
+            own[name].copy_(value)
+
+
+def read_weights(path: Path, shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
+    """The weights that `save_model` left in `path`. Raises DataError unless they have these names and shapes."""
+    from safetensors import safe_open
+
+    missing = dict.fromkeys(shapes)
+    for shard in sorted(path.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a mapping
+                if name not in shapes:
+                    raise DataError(f"{path}: {name} is no weight of the config's model")
+                tensor = file.get_tensor(name)
+                if tensor.shape != shapes[name]:
+                    found, needed = list(tensor.shape), list(shapes[name])
+                    raise DataError(f"{path}: {name} is {found}, and the config's model has {needed}")
+                missing.pop(name, None)
+                yield name, tensor
+    if missing:
+        raise DataError(f"{path}: there is no {next(iter(missing))}, which the config's model has")

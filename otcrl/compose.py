@@ -113,7 +113,7 @@ def staged(preset: Path | None, run: Path | None, overridden: Sequence[str]) -> 
             load(preset)  # a syntax error should name the user's file, not our copy of it
             stage.joinpath("experiment").mkdir()
             stage.joinpath("experiment/chosen.yaml").write_text("# @package _global_\n" + preset.read_text())
-            primary["defaults"][-1] = {"experiment": "chosen"}
+            primary["defaults"][primary["defaults"].index({"experiment": None})] = {"experiment": "chosen"}
             search.append(preset.parent.parent if preset.parent.name == "experiment" else preset.parent)
         primary["hydra"] = {"searchpath": [path.as_uri() for path in search]}
         stage.joinpath("config.yaml").write_text(yaml.safe_dump(primary, sort_keys=False))

@@ -50,12 +50,12 @@ def launched() -> int:
     given = os.environ.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) < 1:
         raise ConfigError(f"the launcher set WORLD_SIZE={given!r}, and it must be the number of processes")
-    if int(given) > 1:
-        if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-            raise ConfigError(
-                f"WORLD_SIZE is {given} and {missing[0]} is not set: start the run with "
-                "`torchrun --nproc_per_node N -m otcrl train ...`"
-            )
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if int(given) > 1 and missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {given} and {missing[0]} is not set: start the run with "
+            "`torchrun --nproc_per_node N -m otcrl train ...`"
+        )
     return int(given)
 
 

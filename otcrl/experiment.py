@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Sequence
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING
 
 from rich import get_console
 
-from otcrl import checkpoint
+from otcrl import checkpoint, dist
 from otcrl.errors import nearest
 from otcrl.evaluate.offloading import Offloading, offloading
 from otcrl.evaluate.report import FILE, Report, before_after_table, make_report
+from otcrl.loggers import Loggers
 from otcrl.loggers.jsonl import JsonlLogger
 from otcrl.protocols import Dialect, Task
 from otcrl.rollout.collect import Collector
@@ -24,8 +26,7 @@ from otcrl.train import Bars, Run, publish, train
 from otcrl.types import COUNTERS, Metrics, Problem, Trajectory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
+    from otcrl.learner.learner import Learner
     from otcrl.models.tokenizer import HFTokenizer
 
 
@@ -50,7 +51,7 @@ class Experiment:
 
 
 def cold_start(
-    model: PreTrainedModel,
+    learner: Learner,
     tokenizer: HFTokenizer,
     task: Task,
     dialect: Dialect,
@@ -59,19 +60,19 @@ def cold_start(
     bars: Bars,
     name: str = "sft",
 ) -> float:
-    """Train `model` in place on demonstrations and save it as folder/name. Returns the seconds it took."""
+    """Train the policy in place on demonstrations and save it as folder/name. Returns the seconds it took."""
     if config.steps < 1:
         return 0.0
     begun = time.monotonic()
-    bar, logger = bars("cold start (SFT)"), JsonlLogger(folder / "sft.jsonl")
+    bar, logger = bars("cold start (SFT)"), JsonlLogger(folder / "sft.jsonl") if dist.is_first() else Loggers([])
 
     def on_step(step: int, metrics: Metrics) -> None:
         bar(step + 1, config.steps)
         logger.log(metrics, step)
 
-    train_sft(model, tokenizer, task, dialect, config, on_step)
+    train_sft(learner.backends["policy"], learner.reader, tokenizer, task, dialect, config, on_step)
     logger.close()
-    checkpoint.save_model(folder / name, model, tokenizer.hf)
+    checkpoint.save_model(folder / name, learner, tokenizer.hf)
     return time.monotonic() - begun
 
 
@@ -85,7 +86,7 @@ async def run_experiment(experiment: Experiment) -> None:
     begun = time.monotonic()
     await train(run, experiment.first_step)
     train_s = time.monotonic() - begun
-    checkpoint.save_model(run.folder / "model", run.learner.policy, run.tokenizer.hf)
+    await run.thread(checkpoint.save_model, run.folder / "model", run.learner, run.tokenizer.hf)
     begun = time.monotonic()
     after = await report(run, config, "after")
     sampled = await report(run, config, "sampled_after", run.collector.temperature) if config.sampled else None
@@ -98,8 +99,9 @@ async def run_experiment(experiment: Experiment) -> None:
         "optimal_tc": after.overall.optimum.value,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
-    (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    show(after, before)
+    if dist.is_first():
+        (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        show(after, before)
 
 
 def probes(run: Run) -> list[list[int]]:
@@ -129,7 +131,7 @@ async def report(run: Run, config: Evaluate, name: str, temperature: float = 0.0
 async def report_before(experiment: Experiment) -> Report:
     """The report on the untrained policy; a resumed run made it when it began."""
     made = experiment.run.folder / "eval" / "before"
-    if experiment.first_step > 0 and (made / FILE).is_file():
+    if dist.from_first(experiment.first_step > 0 and (made / FILE).is_file(), "the first evaluation"):
         return Report.load(made)
     return await report(experiment.run, experiment.evaluate, "before")
 
@@ -140,8 +142,9 @@ async def evaluate(collector: Collector, task: Task, config: Evaluate, folder: P
     modes = {"greedy": 0.0, "sampled": collector.temperature} if config.sampled else {"greedy": 0.0}
     for name, temperature in modes.items():
         found = await measure(collector, task, config, folder / name, bars, temperature)
-        console.print(f"[bold]{name}[/] (temperature {temperature:g}), saved in {folder / name}")
-        show(found, None)
+        if dist.is_first():
+            console.print(f"[bold]{name}[/] (temperature {temperature:g}), saved in {folder / name}")
+            show(found, None)
 
 
 async def measure(
@@ -151,9 +154,11 @@ async def measure(
     problems = task.held_out()
 
     async def collect(chosen: Sequence[Problem], opening: str) -> list[Trajectory]:
-        names = [f"evaluation/{folder.name}/{opening}/{p.id}" for p in chosen]
+        own = dist.share(chosen)
+        names = [f"evaluation/{folder.name}/{opening}/{p.id}" for p in own]
         bar = bars(f"evaluating, {opening.strip()} forced" if opening else "evaluating")
-        return await collector.play(chosen, names, temperature, opening, bar)
+        played = await collector.play(own, names, temperature, opening, bar)
+        return await asyncio.to_thread(dist.together, played, "evaluation")
 
     trajectories = await collect(problems, "")
     offloaded: Offloading | None = None
@@ -169,7 +174,8 @@ async def measure(
             normal=trajectories,
         )
     found = make_report(trajectories, task.correct, config.counter, offloaded)
-    found.save(folder)
-    (folder / "transcripts.jsonl").unlink(missing_ok=True)
-    write_transcripts(folder / "transcripts.jsonl", 0, [(t, None) for t in trajectories])
+    if dist.is_first():
+        found.save(folder)
+        (folder / "transcripts.jsonl").unlink(missing_ok=True)
+        write_transcripts(folder / "transcripts.jsonl", 0, [(t, None) for t in trajectories])
     return found

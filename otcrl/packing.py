@@ -83,7 +83,7 @@ def micro_batches(rows: Sequence[Row], max_tokens: int, *, share: bool) -> Itera
     """
     micro: list[int] = []
     total = 0
-    for i in sorted(range(len(rows)), key=lambda i: rows[i].astype(">i8").tobytes()):
+    for i in in_order(rows):
         new = len(rows[i]) - (common_prefix(rows[i], rows[micro[-1]]) if share and micro else 0)
         if micro and total + new > max_tokens:
             yield micro
@@ -92,3 +92,24 @@ def micro_batches(rows: Sequence[Row], max_tokens: int, *, share: bool) -> Itera
         total += new
     if micro:
         yield micro
+
+
+def shares(rows: Sequence[Row], ranks: int, *, share: bool) -> list[list[int]]:
+    """Numbers of the rows that each rank reads: neighbours, so that prefixes stay together, of about equal cost.
+
+    The cost of a row is its tokens, or those that it does not share with the row before it.
+    """
+    order = in_order(rows)
+    costs = [
+        len(rows[i]) - (common_prefix(rows[i], rows[order[at - 1]]) if share and at else 0)
+        for at, i in enumerate(order)
+    ]
+    ends = np.cumsum([0, *costs])
+    middles = (ends[:-1] + ends[1:]) / 2
+    ranks_of = np.minimum((middles * ranks // max(ends[-1], 1)).astype(int), ranks - 1)
+    return [[i for i, own in zip(order, ranks_of, strict=True) if own == rank] for rank in range(ranks)]
+
+
+def in_order(rows: Sequence[Row]) -> list[int]:
+    """Numbers of the rows, those that begin alike beside each other."""
+    return sorted(range(len(rows)), key=lambda i: rows[i].astype(">i8").tobytes())

@@ -8,7 +8,7 @@ from pathlib import Path
 from otcrl.errors import ConfigError, nearest
 
 SUFFIXES = (".yaml", ".yml")
-NO_SECTIONS = ("experiment", "encoder")  # presets of whole runs, and of a part that several sections have
+NO_SECTIONS = ("experiment", "scale", "encoder")  # presets of whole runs, and of a part that several sections have
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
+from otcrl import dist
 from otcrl.errors import DataError, TrainingError
+from otcrl.learner.backend import Backend
 from otcrl.learner.optimizer import Optimizer, check_precision
-from otcrl.models.reader import Packing, Reader
+from otcrl.learner.passes import idle_mask, passes
+from otcrl.models.reader import Reader
 from otcrl.protocols import Demo, Dialect, Task, Tokenizer
 from otcrl.types import Metrics
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 Example = tuple[list[int], list[bool]]  # token ids [L], action mask [L]
 
@@ -25,7 +24,6 @@ Example = tuple[list[int], list[bool]]  # token ids [L], action mask [L]
 class Sft:
     steps: int  # 0: no cold start
     batch_size: int  # demonstrations per step
-    packing: Packing  # as in the learner
     micro_tokens: int  # per forward pass, as they are packed; changes memory and speed, never the gradient
     max_tokens: int  # a longer demonstration is an error
     optimizer: Optimizer
@@ -40,40 +38,40 @@ class Sft:
 
 
 def train_sft(
-    model: PreTrainedModel,
+    policy: Backend,
+    reader: Reader,
     tokenizer: Tokenizer,
     task: Task,
     dialect: Dialect,
     config: Sft,
     on_step: Callable[[int, Metrics], None],
 ) -> None:
-    """Train `model` in place. Raises TrainingError when the loss is not finite."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = config.optimizer.build(trained)
-    reader = Reader.of(model, config.packing, config.autocast)
-    model.train()
+    """Train `policy` in place; `reader` reads its model. Raises TrainingError when the loss is not finite."""
+    policy.begin(config.optimizer, config.max_grad_norm)
+    device = reader.model.device
+    reader.model.train()
     for step in range(config.steps):
-        config.optimizer.set_rate(optimizer, step, config.steps)
         examples = batch(step, tokenizer, task, dialect, config)
         num_actions = sum(sum(mask) for _, mask in examples)
-        loss = 0.0
+        loss = torch.zeros((), dtype=torch.float64)
         ids_BT, mask_BT = padded(examples, tokenizer.pad_id)
-        for micro in reader.micros(ids_BT, mask_BT, config.micro_tokens):
-            ids, mask = (x_BT[micro.rows, : micro.width].to(model.device) for x_BT in (ids_BT, mask_BT))
-            logprobs_BT, _ = reader.logprobs(ids, mask, micro.packed)
-            part = -logprobs_BT.sum() / num_actions  # one normaliser for the whole batch
-            part.backward()
-            loss += part.item()
-        norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm).item()
-        for name, value in (("loss", loss), ("gradient norm", norm)):
+        own = list(passes(reader, policy, ids_BT, mask_BT, config.micro_tokens))
+        for number, (micro, counts) in enumerate(own, start=1):
+            ids, mask = (x_BT[micro.rows, : micro.width] for x_BT in (ids_BT, mask_BT))
+            mask = mask if counts else idle_mask()
+            logprobs_BT, _ = policy(ids.to(device), mask.to(device), micro.packed, 1.0, "skip", config.autocast)
+            share = -counts / num_actions  # one normaliser for the whole batch
+            policy.backward([logprobs_BT], [torch.full_like(logprobs_BT, share)], last=number == len(own))
+            loss += (logprobs_BT.detach().sum() * share).cpu()
+        dist.add([loss], f"SFT step {step}")
+        norm = policy.step(config.optimizer.rate(step, config.steps), f"SFT step {step}")
+        for name, value in (("loss", loss.item()), ("gradient norm", norm)):
             if not math.isfinite(value):
                 lr = config.optimizer.lr
                 raise TrainingError(f"SFT {name} is {value} at step {step}: lower sft.optimizer.lr (now {lr}).")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         tokens = sum(len(ids) for ids, _ in examples)
-        on_step(step, {"sft/loss": loss, "sft/grad_norm": norm, "sft/tokens": tokens})
-    model.eval()
+        on_step(step, {"sft/loss": loss.item(), "sft/grad_norm": norm, "sft/tokens": tokens})
+    reader.model.eval()
 
 
 def batch(step: int, tokenizer: Tokenizer, task: Task, dialect: Dialect, config: Sft) -> list[Example]:

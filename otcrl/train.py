@@ -13,22 +13,26 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from otcrl import checkpoint
+from otcrl import checkpoint, dist
 from otcrl.algos.mismatch import Correction, check_agreement, corrected
 from otcrl.evaluate.metrics import by_source
+from otcrl.health import Health, write_culprits
 from otcrl.learner.proof import Proof
 from otcrl.learner.thread import LearnerThread
 from otcrl.protocols import Algorithm, Engine, Logger, RewardFn, Task
 from otcrl.rollout.collect import Collector, Progress
-from otcrl.rollout.schedule import Group, Rollouts
+from otcrl.rollout.schedule import Group, Rollouts, together
 from otcrl.rollout.scoring import check_void, has_signal, score
+from otcrl.rollout.stream import joined
 from otcrl.rollout.transcripts import write_transcripts
 from otcrl.types import (
     COUNTERS,
     Batch,
     Metrics,
+    Reward,
     Stop,
     Targets,
+    Trajectory,
     count_calls,
     pack,
 )
@@ -85,6 +89,7 @@ class Run:
     thread: LearnerThread
     logger: Logger
     loop: Loop
+    health: Health
     folder: Path
     bars: Bars
 
@@ -94,12 +99,14 @@ async def train_step(step: int, run: Run) -> Metrics:
     clock = Stopwatch()
     signal = partial(has_signal, run.reward)
     harvest = await run.rollouts.collect(step, signal, run.bars(f"step {step} rollout"))
+    if dist.size() > 1:
+        harvest = together(await run.thread(dist.gather, harvest.plain, f"step {step}: the other ranks' rollouts"))
     check_void(harvest.groups, run.loop.max_void_share)
     clock.lap("rollout")
     score(run.reward, [group for group in harvest.groups if group.scored is None])
     seen = rollout_metrics(harvest.groups) | harvest.metrics()
     scored_PG = [group.scored for group in harvest.groups if group.scored]
-    if run.loop.transcripts_every and step % run.loop.transcripts_every == 0:
+    if dist.is_first() and run.loop.transcripts_every and step % run.loop.transcripts_every == 0:
         write_transcripts(run.folder / "transcripts.jsonl", step, (pair for group in scored_PG for pair in group))
     tokens = sum(len(t.token_ids) for group in scored_PG for t, _ in group)
     clock.lap("reward")
@@ -119,8 +126,23 @@ async def train_step(step: int, run: Run) -> Metrics:
     learned = [t.token_ids for pairs in learned_PG for t, _ in pairs]
     proof_metrics = await publish(run, step + 1, learned)
     clock.lap("sync")
-    seen |= sign_reversals(batch, targets) | weight_metrics
-    return seen | update_metrics | proof_metrics | clock.metrics(tokens)
+    seen |= sign_reversals(batch, targets) | weight_metrics | update_metrics
+    seen |= checked_health(step, run, seen, [pair for pairs in learned_PG for pair in pairs], targets)
+    return seen | proof_metrics | clock.metrics(tokens)
+
+
+def checked_health(
+    step: int, run: Run, metrics: Metrics, learned: Sequence[tuple[Trajectory, Reward]], targets: Targets
+) -> Metrics:
+    """What is said of the step's metrics; the trajectories behind a gradient that stands out go to spikes.jsonl."""
+    found, warnings = run.health(metrics)
+    if dist.is_first():
+        for warning in warnings:
+            print(f"otcrl: step {step}: {warning}")
+        if found["health/grad_spike"]:
+            advantages = targets.advantages.abs().amax(1) * targets.advantages.sum(1).sign()
+            write_culprits(run.folder / "spikes.jsonl", step, learned, run.learner.pull_B.tolist(), advantages.tolist())
+    return found
 
 
 async def publish(run: Run, version: int, token_ids: Sequence[Sequence[int]]) -> Metrics:
@@ -139,7 +161,8 @@ async def train(run: Run, first_step: int = 0) -> None:
             run.logger.log(await train_step(step, run), step)
             done = step + 1
             if done == loop.steps or (loop.checkpoint_every and done % loop.checkpoint_every == 0):
-                state, frontier = run.reward.state_dict(), run.rollouts.frontier()
+                frontiers = await run.thread(dist.gather, run.rollouts.frontier(), "checkpoint")
+                state, frontier = run.reward.state_dict(), joined(frontiers)
                 save = partial(checkpoint.save, keep=loop.keep_checkpoints)
                 await run.thread(save, folder, done, run.learner, run.tokenizer.hf, state, frontier)
     finally:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from otcrl.learner.torch_backend import TorchBackend
 from otcrl.models.policy import token_logprobs
 from otcrl.models.reader import Reader
 from otcrl.models.tiny import TinyLlama
@@ -61,7 +62,9 @@ def test_the_cold_start_learns(cuda):
     losses: list[float] = []
     config = replace(CONFIG, steps=30)
     moved = model.to(cuda)  # pyright: ignore[reportArgumentType]
-    train_sft(moved, tokenizer, Fixed("c", "d"), DIALECT, config, lambda step, m: losses.append(m["sft/loss"]))
+    reader = Reader.of(moved, "shared")
+    policy = TorchBackend(moved, reader.logprobs, config.optimizer, config.max_grad_norm)
+    train_sft(policy, reader, tokenizer, Fixed("c", "d"), DIALECT, config, lambda _, m: losses.append(m["sft/loss"]))
     assert losses[-1] < 0.3 * losses[0]
 
 
@@ -75,7 +78,7 @@ def test_packed_rows_say_and_learn_what_padded_ones_do(cuda, packing, dtype, clo
     outcomes = []
     for way in ("padded", packing):
         model = tiny_llama(64, heads=(4, 2)).to(cuda, dtype)  # pyright: ignore[reportArgumentType]
-        reader = Reader.of(model, way, autocast=None)
+        reader = Reader.of(model, way)
         assert reader.packing == way
         (micro,) = reader.micros(ids_BT, mask_BT, 1000)
         ids, mask = ids_BT[micro.rows, : micro.width].to(cuda), mask_BT[micro.rows, : micro.width].to(cuda)

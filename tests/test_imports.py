@@ -20,9 +20,10 @@ LAYERS = (
     ("construct", "compose", "checkpoint", "dist", "loggers", "smollm2"),
     ("algos", "rewards", "rollout", "tools", "tasks", "dialects", "models"),
     ("learner",),
-    ("train", "sft", "evaluate", "experiment", "plan", "report"),
+    ("health", "train", "sft", "evaluate", "experiment", "plan", "report"),
     ("build", "serve", "indexing"),
     ("cli",),
+    ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from otcrl.algos.grpo import GRPO
 from otcrl.algos.ppo import PPO
-from otcrl.errors import TrainingError
+from otcrl.errors import ConfigError, TrainingError
+from otcrl.learner.deepspeed_backend import DeepSpeed
 from otcrl.learner.learner import Learner
 from otcrl.learner.optimizer import Optimizer
 from otcrl.models.critic import Critic
+from otcrl.models.lora import Lora
 from otcrl.models.policy import token_logprobs
 from otcrl.models.tiny import TinyLlama
 from otcrl.protocols import Algorithm
@@ -22,6 +24,10 @@ from otcrl.types import Batch
 
 WORDS = [f"w{i}" for i in range(20)]
 POLICY = TinyLlama(width=16, layers=2, heads=2, ff_width=24, context=64).load(WORDS, seed=0)[0].double()
+ZERO = DeepSpeed(
+    zero_stage=2, offload="none", offload_params="none", nvme_path=None, bucket=1e6, overlap=False
+)  # fmt: skip
+ALL_WEIGHTS = Lora(rank=0, alpha=32, targets="all-linear")
 SGD_LIKE = Optimizer(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=0, decay="linear", final_lr_share=1.0)
 
 
@@ -61,7 +67,8 @@ def make_learner(algo: Algorithm, **other) -> Learner:
     settings = {
         "steps": 10, "seed": 0, "temperature": 0.7, "policy_optimizer": SGD_LIKE, "critic_optimizer": SGD_LIKE,
         "epochs": 1, "minibatch_size": 0, "packing": "shared", "micro_tokens": 10_000, "max_grad_norm": 1e9,
-        "old_logprobs": "recompute", "autocast": None,
+        "max_skipped": 0, "old_logprobs": "recompute", "autocast": None, "backend": "torch", "deepspeed": ZERO,
+        "lora": ALL_WEIGHTS,
     }  # fmt: skip
     reference = reference if algo.needs_reference else None
     return Learner(**{"policy": policy, "reference": reference, "critic": critic} | settings | other)
@@ -288,7 +295,7 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_changes():
     before = [p.clone() for p in learner.policy.parameters()]
     poisoned = replace(batch, rewards=torch.tensor([float("nan")] + [0.0] * 7))
     scores = learner.score(poisoned)
-    with pytest.raises(TrainingError, match=r"loss is nan at step 4, mini-batch 0 \(rows \["):
+    with pytest.raises(TrainingError, match=r"loss is nan, .* at step 4, mini-batch 0 \(rows \["):
         learner.update(4, poisoned, scores, algo.targets(poisoned, scores), algo)
     assert all(torch.equal(a, b) for a, b in zip(before, learner.policy.parameters(), strict=True))
 
@@ -300,7 +307,7 @@ def test_policy_and_critic_are_clipped_and_stepped_apart():
     metrics = learner.update(0, batch, scores, algo.targets(batch, scores), algo)
     assert metrics["update/policy_grad_norm"] > 0
     assert metrics["update/critic_grad_norm"] > 0
-    assert set(learner.optimizers) == {"policy", "critic"}
+    assert set(learner.backends) == {"policy", "critic"}
 
 
 def test_an_untrained_critic_says_nothing_and_never_sees_the_token_it_values():
@@ -335,10 +342,80 @@ def test_the_state_of_the_optimizers_and_the_critic_survives():
     scores = learner.score(batch)
     learner.update(0, batch, scores, algo.targets(batch, scores), algo)
     again = make_learner(algo)
-    again.policy.load_state_dict(learner.policy.state_dict())
-    again.load_state_dict(learner.state_dict())
+    again.load_weights(learner.weights())
+    again.load_state({name: value.clone() for name, value in learner.state()}.__getitem__)
     metrics = []
     for each in (learner, again):
         scores = each.score(batch)
         metrics.append(each.update(1, batch, scores, algo.targets(batch, scores), algo))
     assert metrics[0] == metrics[1]
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_too_many_in_a_row_end_the_run(capsys):
+    algo = grpo(kl_coef=0.0)
+    learner, batch = make_learner(algo, max_skipped=1), random_batch()
+    poisoned = replace(batch, rewards=batch.rewards.clone().index_fill(0, torch.tensor([0]), torch.nan))
+    weights = [p.clone() for p in learner.policy.parameters()]
+
+    def update(step: int, batch: Batch) -> dict[str, float]:
+        scores = learner.score(batch)
+        return learner.update(step, batch, scores, algo.targets(batch, scores), algo)
+
+    assert update(0, poisoned)["update/skipped"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(weights, learner.policy.parameters(), strict=True))
+    assert "Skipped, 1 in a row of at most 1" in capsys.readouterr().out
+    assert update(1, batch)["update/skipped"] == 0  # which ends the row
+    assert not all(torch.equal(a, b) for a, b in zip(weights, learner.policy.parameters(), strict=True))
+    assert update(2, poisoned)["update/skipped"] == 1
+    with pytest.raises(TrainingError, match=r"2 in a row; learner.max_skipped=1"):
+        update(3, poisoned)
+
+
+def test_weights_in_16_bits_gather_updates_that_are_smaller_than_their_last_bit():
+    tiny = Optimizer(lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=0, decay="linear", final_lr_share=1.0)
+    algo, batch = grpo(kl_coef=0.0, entropy_coef=0.0), random_batch()
+    half, wide = (copy.deepcopy(POLICY) for _ in range(2))
+    half.bfloat16()
+    wide.float()
+    wide.load_state_dict(half.state_dict())
+    learners = [make_learner(algo, policy=policy, policy_optimizer=tiny) for policy in (half, wide)]
+    before = torch.cat([p.detach().flatten().float() for p in wide.parameters()]).clone()
+    for step in range(3):
+        for learner in learners:
+            scores = learner.score(batch)
+            learner.update(step, batch, scores, algo.targets(batch, scores), algo)
+    masters = dict(learners[0].state())
+    found = torch.cat([masters[f"policy/master/{name}"].flatten() for name, _ in half.named_parameters()])
+    expected = torch.cat([p.detach().flatten() for p in wide.parameters()])
+    moved = (expected - before).norm()
+    assert (found - before).norm() > 0.5 * moved  # in bfloat16 itself most of it would be lost
+    assert (found - expected).norm() < moved
+    assert all(p.dtype == torch.bfloat16 for p in half.parameters())
+
+
+def test_adapters_alone_are_trained_and_the_engine_gets_them_merged():
+    algo, batch = grpo(kl_coef=0.0), random_batch()
+    learner = make_learner(algo, lora=Lora(rank=4, alpha=8, targets="all-linear"))
+    plain = {name: value.clone() for name, value in learner.weights()}
+    assert set(plain) == {name for name, _ in POLICY.named_parameters()}
+    assert all(torch.equal(plain[name], p) for name, p in POLICY.named_parameters())
+    scores = learner.score(batch)
+    for step in range(2):  # B is zero at first, so A moves in the second
+        learner.update(step, batch, scores, algo.targets(batch, scores), algo)
+    merged = copy.deepcopy(POLICY)
+    merged.load_state_dict({name: value.clone() for name, value in learner.weights()}, strict=False)
+    merged.tie_weights()
+    changed = [name for name, value in learner.weights() if not torch.equal(value, plain[name])]
+    assert changed
+    assert all("proj" in name for name in changed)
+    mask = batch.action_mask
+    said = token_logprobs(merged, batch.token_ids, mask)[0]
+    assert torch.allclose(said[mask], token_logprobs(learner.policy, batch.token_ids, mask)[0][mask], atol=1e-9)
+    again = make_learner(algo, lora=Lora(rank=4, alpha=8, targets="all-linear"), seed=7)
+    again.load_state({name: value.clone() for name, value in learner.state()}.__getitem__)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(learner.weights(), again.weights(), strict=True))
+
+
+def test_adapters_for_layers_that_are_not_there_are_refused():
+    with pytest.raises(ConfigError, match=r"learner.lora.targets: .*querry"):
+        make_learner(grpo(), lora=Lora(rank=4, alpha=8, targets=("querry",)))

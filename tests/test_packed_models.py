@@ -98,7 +98,7 @@ def read(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs, entropies, values, and the gradient of an uneven sum of all of them."""
     ids_BT, mask_BT = tensors(rows)
-    reader = Reader.of(model, packing, autocast=None)
+    reader = Reader.of(model, packing)
     assert reader.packing == packing, reader.why_padded
     reader.prepare(critic.body)
     found = torch.zeros(3, *ids_BT.shape, dtype=model.dtype)
@@ -185,7 +185,7 @@ def test_a_kernel_of_variable_lengths_is_given_the_same_attention(rows: Rows, sh
 @settings(max_examples=30, deadline=None)
 @given(rows=shared_rows())
 def test_a_pass_holds_each_prefix_that_an_action_depends_on_once(rows: Rows):
-    reader = Reader.of(MODELS["llama"], "shared", autocast=None)
+    reader = Reader.of(MODELS["llama"], "shared")
     needed = set()
     for ids, mask in rows:
         last = max((t for t, acts in enumerate(mask) if acts), default=0)
@@ -215,7 +215,7 @@ def test_the_model_computes_a_groups_prompt_once():
     rows = group(20, [5, 7, 6])
     sizes = {}
     for packing in ("padded", "packed", "shared"):
-        reader = Reader.of(model, packing, autocast=None)
+        reader = Reader.of(model, packing)
         (micro,) = reader.micros(*tensors(rows), 1000)
         seen.clear()
         ids_BT, mask_BT = tensors(rows)
@@ -228,7 +228,7 @@ def test_the_model_computes_a_groups_prompt_once():
 def test_no_tensor_has_the_logits_of_all_actions_nor_a_mask_of_all_tokens():
     words, rows = 500, group(20, [30, 30, 30])
     model = tiny("llama", vocab_size=words, hidden_size=8, intermediate_size=8)
-    reader = Reader.of(model, "shared", autocast=None)
+    reader = Reader.of(model, "shared")
     ids_BT, mask_BT = tensors(rows)
     (micro,) = reader.micros(ids_BT, mask_BT, 1000)
     with Sizes() as sizes:
@@ -258,9 +258,9 @@ def test_gradient_checkpointing_computes_layers_again_and_the_same_gradient(pack
 
 
 def test_a_head_that_is_only_a_matrix_is_told_from_one_that_is_more():
-    assert Reader.of(MODELS["llama"], "shared", None).head is MODELS["llama"].get_output_embeddings()
-    assert Reader.of(MODELS["scaled"], "shared", None).head is None
-    assert Reader.of(tiny("granite", logits_scaling=1.0), "shared", None).head is not None
+    assert Reader.of(MODELS["llama"], "shared").head is MODELS["llama"].get_output_embeddings()
+    assert Reader.of(MODELS["scaled"], "shared").head is None
+    assert Reader.of(tiny("granite", logits_scaling=1.0), "shared").head is not None
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_a_head_that_is_only_a_matrix_is_told_from_one_that_is_more():
 )
 def test_a_model_that_cannot_be_packed_is_padded_and_says_why(model: PreTrainedModel, why: str):
     own = model.config._attn_implementation
-    reader = Reader.of(model, "shared", None)
+    reader = Reader.of(model, "shared")
     assert reader.packing == "padded"
     assert why in reader.why_padded
     assert model.config._attn_implementation == own
@@ -285,7 +285,7 @@ def test_a_model_that_cannot_be_packed_is_padded_and_says_why(model: PreTrainedM
 def test_finding_out_what_a_model_can_do_leaves_it_as_it_was():
     model = tiny("llama", attention_dropout=0.5).train()
     first_layer(model).mlp.eval()
-    reader = Reader.of(model, "shared", None)
+    reader = Reader.of(model, "shared")
     assert reader.packing == "shared"  # dropout did not confuse it
     assert model.training
     assert not first_layer(model).mlp.training
@@ -305,7 +305,7 @@ def test_positions_that_only_look_ordinary_are_found_out():
 
     decoder = model.get_decoder()
     decoder.rotary_emb = Shifted(decoder.rotary_emb)
-    reader = Reader.of(model, "shared", None)
+    reader = Reader.of(model, "shared")
     assert reader.packing == "padded"
     assert "it changes hidden states by" in reader.why_padded
 
@@ -314,13 +314,13 @@ def test_a_packed_model_still_reads_padded_rows_and_masks_as_before():
     model = copy.deepcopy(MODELS["qwen2"])
     ids, mask = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     before = model(ids, attention_mask=mask).logits
-    Reader.of(model, "shared", None)
+    Reader.of(model, "shared")
     assert torch.equal(model(ids, attention_mask=mask).logits, before)
 
 
 def test_a_packed_model_is_saved_without_a_trace(tmp_path):
     model = tiny_llama(V)
-    Reader.of(model, "shared", None)
+    Reader.of(model, "shared")
     model.save_pretrained(tmp_path)
     assert "otcrl" not in (tmp_path / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
@@ -332,10 +332,11 @@ def test_under_autocast_packing_differs_by_rounding_alone():
     ids_BT, mask_BT = tensors(rows)
     said = []
     for packing in ("padded", "shared"):
-        reader = Reader.of(model, packing, autocast="bfloat16")
+        reader = Reader.of(model, packing)
         (micro,) = reader.micros(ids_BT, mask_BT, 1000)
         said.append(torch.zeros(ids_BT.shape))
-        said[-1][micro.rows] = reader.logprobs(ids_BT[micro.rows], mask_BT[micro.rows], micro.packed)[0]
+        inputs = (ids_BT[micro.rows], mask_BT[micro.rows], micro.packed)
+        said[-1][micro.rows] = reader.logprobs(*inputs, half="bfloat16")[0]
         said[-1].sum().backward()
     exact = token_logprobs(model, ids_BT, mask_BT)[0]
     assert said[1].dtype == torch.float32

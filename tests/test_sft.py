@@ -11,6 +11,8 @@ import torch
 from otcrl.dialects.search_r1 import SearchR1
 from otcrl.errors import DataError, TrainingError
 from otcrl.learner.optimizer import Optimizer
+from otcrl.learner.torch_backend import TorchBackend
+from otcrl.models.reader import Reader
 from otcrl.models.tiny import TinyLlama
 from otcrl.protocols import Demo, Dialect, Segment
 from otcrl.sft import Sft, encode, train_sft
@@ -21,7 +23,7 @@ MODEL, TOKENIZER = TinyLlama(width=16, layers=1, heads=2, ff_width=24, context=6
 DIALECT = SearchR1(instructions="{question}", observation_template=" {result} ", require_think=False)
 ADAMW = Optimizer(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=0, decay="linear", final_lr_share=1.0)
 CONFIG = Sft(
-    steps=1, batch_size=3, packing="shared", micro_tokens=1000, max_tokens=64, optimizer=ADAMW, max_grad_norm=1e9,
+    steps=1, batch_size=3, micro_tokens=1000, max_tokens=64, optimizer=ADAMW, max_grad_norm=1e9,
     autocast=None,
 )  # fmt: skip
 
@@ -50,7 +52,9 @@ class Fixed:
 
 def trained(task: Fixed, config: Sft = CONFIG) -> tuple[torch.Tensor, list[float]]:
     model, losses = copy.deepcopy(MODEL), []
-    train_sft(model, TOKENIZER, task, DIALECT, config, lambda step, metrics: losses.append(metrics["sft/loss"]))
+    reader = Reader.of(model, "shared")
+    policy = TorchBackend(model, reader.logprobs, config.optimizer, config.max_grad_norm)
+    train_sft(policy, reader, TOKENIZER, task, DIALECT, config, lambda _, metrics: losses.append(metrics["sft/loss"]))
     return torch.cat([p.detach().flatten() for p in model.parameters()]), losses
 
 

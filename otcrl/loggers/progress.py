@@ -19,9 +19,10 @@ from rich.progress import (
 class Bars:
     """`bars("rollout")` is a function to be called with (done, total): a bar that goes when it is full."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
-        self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+        ends = (TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, *ends, console=console, transient=True, disable=quiet)
 
     def __call__(self, name: str) -> Callable[[int, int], None]:
         task: TaskID | None = None

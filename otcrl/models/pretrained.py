@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from otcrl import dist
 from otcrl.errors import DataError
 from otcrl.models.tokenizer import HFTokenizer
 
@@ -22,7 +23,7 @@ class Pretrained:
     path: str  # directory or hub name
     dtype: str  # of the trained weights
     chat: bool | None  # wrap the prompt as a user message of the chat template; None: if the tokenizer has one
-    device: str  # cpu, cuda, cuda:1 ...; auto: cuda when there is one
+    device: str  # cpu, cuda, cuda:1 ...; auto: this rank's GPU when there is one
     gradient_checkpointing: bool
 
     def __post_init__(self) -> None:
@@ -34,7 +35,8 @@ class Pretrained:
         import torch
         from transformers import AutoModelForCausalLM
 
-        device = self.device if self.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        own = f"cuda:{dist.local_rank()}" if torch.cuda.is_available() else "cpu"
+        device = self.device if self.device != "auto" else own
         try:
             usable = torch.device(device).type != "cuda" or torch.cuda.is_available()
         except RuntimeError as error:

@@ -46,14 +46,13 @@ class Reader:
     packing: Packing
     why_padded: str  # empty unless rows should be packed and cannot be
     head: nn.Linear | None  # None: logits are more than the output layer of hidden states
-    autocast: str | None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, packing: Packing, autocast: str | None) -> Reader:
+    def of(cls, model: PreTrainedModel, packing: Packing) -> Reader:
         """Packs if it is asked to and the model can be packed; the model's attention is then another."""
         why_padded = why_not_packed(model) if packing != "padded" else ""
         packing = "padded" if why_padded else packing
-        reader = cls(model, packing, why_padded, plain_head(model), autocast)
+        reader = cls(model, packing, why_padded, plain_head(model))
         reader.prepare(model)
         return reader
 
@@ -67,21 +66,28 @@ class Reader:
         self.prepare(model)
         return replace(self, model=model, head=output_layer(model) if self.head is not None else None)
 
-    def micros(self, token_ids_BT: Tensor, action_mask_BT: Tensor, max_tokens: int) -> Iterator[Micro]:
+    def micros(
+        self, token_ids_BT: Tensor, action_mask_BT: Tensor, max_tokens: int, rank: int = 0, ranks: int = 1
+    ) -> Iterator[Micro]:
         """All rows with an action, up to the token before the last one: nothing depends on the rest.
 
-        A pass has at most `max_tokens` tokens, or one row: what rows share counts once, and padding counts.
+        A pass has at most `max_tokens` tokens, or one row: what rows share counts once, and padding counts. Of several
+        ranks, the share of one, which has about as many tokens as any other's.
         """
         T = token_ids_BT.shape[1]
+        ids = token_ids_BT.numpy()
         last_B = (action_mask_BT * torch.arange(T)).amax(1)
         acting = last_B.nonzero().flatten().tolist()
+        if ranks > 1:
+            prefixes = [ids[i, : int(last_B[i])] for i in acting]
+            shares = packing.shares(prefixes, ranks, share=self.packing == "shared")
+            acting = [acting[i] for i in shares[rank]]
         lengths = [int(last_B[i]) for i in acting]
         if self.packing == "padded":
             for bucket in by_length([length + 1 for length in lengths], max_tokens):
                 yield Micro([acting[i] for i in bucket], max(lengths[i] for i in bucket) + 1, None)
             return
         share = self.packing == "shared"
-        ids = token_ids_BT.numpy()
         rows = [ids[i, :length] for i, length in zip(acting, lengths, strict=True)]
         for bucket in packing.micro_batches(rows, max_tokens, share=share):
             layout = packing.lay_out([rows[i] for i in bucket], share=share)
@@ -95,9 +101,10 @@ class Reader:
         packed: Packed | None,
         temperature: float = 1.0,
         entropy: Entropy = "skip",
+        half: str | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `token_logprobs`."""
-        with autocast(self.autocast, self.model.device):
+        """See `token_logprobs`. `half`: matrix products in bfloat16 or float16; None: in the model's own dtype."""
+        with autocast(half, self.model.device):
             return token_logprobs(
                 self.model, token_ids_BT, action_mask_BT, temperature, entropy, packed=packed, head=self.head
             )

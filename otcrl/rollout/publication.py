@@ -6,7 +6,7 @@ reports what it has. Weights on a GPU that the worker sees too travel as handles
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from otcrl.errors import EngineError, nearest
+from otcrl.models.published import published
 from otcrl.rollout import device_handles
 from otcrl.rollout.snapshot import Snapshot
 from otcrl.rollout.vllm_worker import fingerprint
@@ -42,14 +43,14 @@ class Publisher:
 
     def prepare(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Message:
         """Raises EngineError naming a parameter that is missing, unknown or of another shape."""
-        found = list(weights)
-        check_names(found, self._model)
+        checked = check_names(weights, self._model)
         before, self._version = self._digests, version
         if self._snapshot is not None:
-            manifest = self._snapshot.write(found, version)
+            manifest = self._snapshot.write(checked, version)
             self._digests = {entry.name: entry.digest for entry in manifest.entries}
             method, content = "otcrl_load_file", manifest.plain()
         else:
+            found = list(checked)
             self._digests = {name: fingerprint(tensor.detach()) for name, tensor in found}
             method, content = "otcrl_load_handles", self._handles(found, version)
         all_changed = bool(before) and all(before.get(name) != digest for name, digest in self._digests.items())
@@ -60,7 +61,7 @@ class Publisher:
         if self._snapshot is not None:
             assert self._snapshot.manifest is not None, "nothing is generated before the first publication"
             return Message("otcrl_load_file", self._snapshot.manifest.plain(), self._version, False)
-        found = list(self._model.named_parameters())
+        found = [(weight.name, weight.value()) for weight in published(self._model)]
         if {name: fingerprint(tensor.detach()) for name, tensor in found} != self._digests:
             return None
         return Message("otcrl_load_handles", self._handles(found, self._version), self._version, False)
@@ -73,19 +74,21 @@ class Publisher:
             self._snapshot.close()
 
 
-def check_names(weights: Sequence[tuple[str, Tensor]], model: PreTrainedModel) -> None:
-    """Raises EngineError unless `weights` are the model's parameters, each once, in its shape."""
-    own = {name: parameter.shape for name, parameter in model.named_parameters()}
-    names = {name for name, _ in weights}
-    if missing := [name for name in own if name not in names]:
-        raise EngineError(f"{len(missing)} parameters were not among the new weights: {', '.join(missing[:5])}")
+def check_names(weights: Iterable[tuple[str, Tensor]], model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The same as they come. Raises EngineError unless they are the model's parameters, each once, in its shape."""
+    own = {weight.name: weight.shape for weight in published(model)}
+    missing = dict.fromkeys(own)
     for name, tensor in weights:
         if name not in own:
             raise EngineError(f"the engine's model has no parameter {name!r}.{nearest(name, own)}")
-        if own[name].numel() and tensor.shape != own[name]:  # a ZeRO-3 shard's own shape is [0]
+        if tensor.shape != own[name]:
             raise EngineError(
                 f"parameter {name!r} has shape {list(tensor.shape)}, and the engine's is {list(own[name])}"
             )
+        missing.pop(name, None)
+        yield name, tensor
+    if missing:
+        raise EngineError(f"{len(missing)} parameters were not among the new weights: {', '.join([*missing][:5])}")
 
 
 def check_delivery(reports: Sequence[Mapping[str, Any]], message: Message) -> None:

@@ -10,8 +10,8 @@ import asyncio
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
@@ -73,7 +73,12 @@ class Group:
     scored: list[tuple[Trajectory, Reward]] | None = None  # those that count
     fills: bool = True  # a place of the step; False: it carries no signal
     given_up: bool = False
-    task: asyncio.Task[None] = field(init=False)
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def plain(self) -> Group:
+        """Without its task; scored anew by who gets it."""
+        return replace(self, task=None, scored=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +90,11 @@ class Harvest:
     ahead: int
     groups: list[Group]  # by number
     cancelled: int  # groups; their problems come again
+
+    @property
+    def plain(self) -> Harvest:
+        """Without what belongs to this process alone, so that other ranks can have it."""
+        return replace(self, groups=[group.plain for group in self.groups])
 
     def metrics(self) -> Metrics:
         ages = [self.step - group.began for group in self.groups]
@@ -103,6 +113,12 @@ class Harvest:
             "rollout/off_policy_steps_mean": behind / max(tokens.total(), 1),
             "rollout/off_policy_steps_max": self.version - min(tokens, default=self.version),
         }
+
+
+def together(harvests: Sequence[Harvest]) -> Harvest:
+    """What all ranks have harvested in a step, as one would have alone."""
+    groups = sorted((group for harvest in harvests for group in harvest.groups), key=lambda group: group.number)
+    return replace(harvests[0], groups=groups, cancelled=sum(harvest.cancelled for harvest in harvests))
 
 
 class Rollouts:
@@ -233,13 +249,14 @@ class Rollouts:
         """Cancel them, so that their problems come again; their number."""
         for group in groups:
             group.given_up = True
+            assert group.task is not None, "whoever is under way has a task"
             group.task.cancel()  # nothing happens to one that is complete
             self._flying.pop(group.number, None)
             self._stream.put_back(group.number)
         if groups:
             self._landed = [entry for entry in self._landed if not entry[-1].given_up]
             heapq.heapify(self._landed)
-            await asyncio.wait([group.task for group in groups])
+            await asyncio.wait([group.task for group in groups if group.task is not None])
         return len(groups)
 
     def _outstanding(self) -> list[Group]:

@@ -74,29 +74,28 @@ class Snapshot:
             raise EngineError(f"weights cannot be handed over in {self._place}: {error.strerror or error}") from error
 
     def write(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Manifest:
-        """Copies every tensor into the file. Raises EngineError when they do not fit in it."""
-        tensors = [(name, tensor.detach()) for name, tensor in weights]
+        """Copies the tensors into the file as they come. Raises EngineError when they do not fit in it."""
         self.manifest, entries, offset = None, list[Entry](), 0
-        size = sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for _, tensor in tensors)
-        self._reserve(size)
-        store = mapped(self.path, size)
-        for name, tensor in tensors:
-            shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-            view = at(store, Entry(name, dtype, shape, offset, ""))
-            view.copy_(tensor)
-            entries.append(Entry(name, dtype, shape, offset, digest(view)))
-            offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        for name, tensor in weights:
+            own = tensor.detach().contiguous().cpu()
+            self._write(own, offset)
+            dtype = str(own.dtype).removeprefix("torch.")
+            entries.append(Entry(name, dtype, tuple(own.shape), offset, digest(own)))
+            offset += -(-own.nbytes // ALIGNMENT) * ALIGNMENT
+        os.truncate(self._handle, offset)
         self.manifest = Manifest(str(self.path), version, tuple(entries))
         return self.manifest
 
-    def _reserve(self, size: int) -> None:
-        """Room for `size` bytes, claimed now: a memory map that runs out of it kills the process instead."""
+    def _write(self, tensor: Tensor, offset: int) -> None:
+        """By the system, not through a memory map: where that runs out of room the process would be killed."""
+        raw = tensor.view(-1).view(torch.uint8).numpy().data
         try:
-            os.truncate(self._handle, size)
-            if size:
-                os.posix_fallocate(self._handle, 0, size)
+            while raw:
+                done = os.pwrite(self._handle, raw, offset)
+                raw, offset = raw[done:], offset + done
         except OSError as error:
-            raise EngineError(f"weights of {size / 2**30:.2f} GiB do not fit in {self._place}: {error}") from error
+            size = (offset + len(raw)) / 2**30
+            raise EngineError(f"weights of {size:.2f} GiB or more do not fit in {self._place}: {error}") from error
 
     def close(self) -> None:
         if self.path.parent != Path(f"/proc/{os.getpid()}/fd"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 from otcrl.checkpoint import Frontier
@@ -14,19 +14,25 @@ from otcrl.types import Problem
 class Stream:
     """Hands out the numbers 0, 1, 2 ... of the problems; one that was put back goes first."""
 
-    def __init__(self, sample: Callable[[int, int], list[Problem]], per_step: int) -> None:
-        """`sample` is a task's; in the plainest schedule, step s plays the problems s * per_step and following."""
+    def __init__(
+        self, sample: Callable[[int, int], list[Problem]], per_step: int, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """`sample` is a task's; in the plainest schedule, step s plays the problems s * per_step and following.
+
+        Of several ranks, each hands out every `ranks`-th number, so that together they play the same problems as one.
+        """
+        self._rank, self._ranks = rank, ranks
         self._sample = sample
         self._per_step = per_step
         self._block = lru_cache(maxsize=4)(self._read)
-        self._cursor = 0
+        self._cursor = rank
         self._back: list[int] = []  # a heap
 
     def next(self) -> int:
         if self._back:
             return heapq.heappop(self._back)
-        self._cursor += 1
-        return self._cursor - 1
+        self._cursor += self._ranks
+        return self._cursor - self._ranks
 
     def put_back(self, number: int) -> None:
         heapq.heappush(self._back, number)
@@ -54,4 +60,15 @@ class Stream:
         return Frontier(cursor=self._cursor, pending=tuple(sorted([*begun, *self._back])))
 
     def restore(self, frontier: Frontier) -> None:
-        self._cursor, self._back = frontier.cursor, sorted(frontier.pending)
+        """`frontier` is that of all ranks."""
+        self._cursor = frontier.cursor + (self._rank - frontier.cursor) % self._ranks
+        self._back = sorted(number for number in frontier.pending if number % self._ranks == self._rank)
+
+
+def joined(frontiers: Sequence[Frontier]) -> Frontier:
+    """That of all ranks, of each rank's own, by rank: numbers that a rank which is behind has not begun are pending."""
+    ranks = len(frontiers)
+    cursor = max(frontier.cursor for frontier in frontiers)
+    behind = (number for frontier in frontiers for number in range(frontier.cursor, cursor, ranks))
+    begun = (number for frontier in frontiers for number in frontier.pending)
+    return Frontier(cursor=cursor, pending=tuple(sorted([*begun, *behind])))

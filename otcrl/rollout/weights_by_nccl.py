@@ -86,7 +86,7 @@ class WeightsByNCCL:
         self._source = weights if isinstance(weights, LayerSource) else LayerSource(list(weights))
         self._version = version
         described = self._source.described()
-        check_names([(name, torch.empty(shape, device="meta")) for name, _, shape in described], self._model)
+        list(check_names([(name, torch.empty(shape, device="meta")) for name, _, shape in described], self._model))
 
     async def bring(self, servers: Sequence[Server], *, again: bool = False) -> list[Server]:
         """Those that have the weights prepared last. Raises EngineError naming a parameter that did not change."""

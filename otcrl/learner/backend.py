@@ -1,0 +1,94 @@
+"""What holds a trained module, its gradients and its optimizer: alone, or split over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor, nn
+
+from otcrl.models.published import published
+
+if TYPE_CHECKING:
+    from otcrl.learner.optimizer import Optimizer
+
+Forward = Callable[..., Any]
+
+
+class Backend(Protocol):
+    """Gradients are sums over all ranks: whoever makes them weighs each token by its share of the mini-batch."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def in_step(self) -> bool:
+        """True when a pass needs all ranks, so that each must make as many as the others."""
+        ...
+
+    def __call__(self, *inputs: Any) -> Any:
+        """What the function that was given with the module makes of them, with whatever it needs there."""
+        ...
+
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:
+        """Gradients of the parameters from those of a call's outputs, added to earlier ones. `last`: before a step."""
+        ...
+
+    def step(self, rate: float, what: str) -> float:
+        """Clip, update with the learning rate `rate`, and forget the gradients: their norm over all ranks.
+
+        Where it is not finite nothing is updated. `what` is said when another rank does not come.
+        """
+        ...
+
+    def begin(self, optimizer: Optimizer, max_grad_norm: float) -> None:
+        """Forget what the optimizer has gathered, and go on with these settings."""
+        ...
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+        """Inside, this rank has all of these parameters; all ranks ask for them together."""
+        ...
+
+    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """`parameter` has this value from now on, which all ranks give."""
+        ...
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """What the optimizer has gathered, whole and in float32, whoever holds it; names end in a parameter's."""
+        ...
+
+    def load_state(self, read: Callable[[str], Tensor]) -> None:
+        """The same back; `read` has it by its name."""
+        ...
+
+
+class Computes(nn.Module):
+    """`function` as a module that has `module`'s parameters: what a backend can wrap and call."""
+
+    def __init__(self, module: nn.Module, function: Forward) -> None:
+        super().__init__()
+        self.module = module
+        self._function = function
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._function(*inputs)
+
+
+def weights(backend: Backend) -> Iterator[tuple[str, Tensor]]:
+    """The plain model's weights, one after another; each is valid until the next is asked for."""
+    for weight in published(backend.module):
+        with backend.whole(weight.parameters):
+            yield weight.name, weight.value()
+
+
+def load_weights(backend: Backend, values: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Give the plain model's weights new values, in any order; the names of those that it does not have."""
+    own = {weight.name: weight.parameters[0] for weight in published(backend.module)}
+    unknown = []
+    for name, value in values:
+        if name in own:
+            backend.put(own[name], value)
+        else:
+            unknown.append(name)
+    return unknown

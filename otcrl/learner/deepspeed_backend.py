@@ -1,0 +1,224 @@
+"""DeepSpeed: optimizer state, gradients and weights split over the ranks (ZeRO, arXiv:1910.02054), or kept elsewhere.
+
+Stages split more and more: 1 the optimizer's state, 2 gradients too, 3 weights too. Offloading keeps the optimizer's
+state, and with stage 3 the weights, in main memory or on an NVMe disk. The only file that imports deepspeed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from otcrl import dist
+from otcrl.errors import ConfigError
+from otcrl.learner.backend import Computes, Forward
+from otcrl.learner.optimizer import Optimizer
+from otcrl.models.published import whole_shape
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Where = Literal["none", "cpu", "nvme"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeed:
+    """How training is split over the ranks. DESIGN: https://www.deepspeed.ai/docs/config-json/"""
+
+    zero_stage: Literal[1, 2, 3]  # 0, everything on every rank, is the torch backend
+    offload: Where  # of the optimizer's state
+    offload_params: Where  # of weights, with stage 3
+    nvme_path: str | None  # a folder on the disk, for nvme
+    bucket: float  # numbers that are sent at a time
+    overlap: bool  # send gradients while others are computed; on CUDA
+
+    def __post_init__(self) -> None:
+        if self.offload_params != "none" and self.zero_stage < 3:
+            raise ValueError(f"offload_params={self.offload_params} needs zero_stage=3, got {self.zero_stage}")
+        if "nvme" in (self.offload, self.offload_params) and not self.nvme_path:
+            raise ValueError("offload to nvme needs nvme_path, a folder on the disk")
+        if self.offload == "nvme" and self.zero_stage < 3:
+            raise ValueError(f"offload=nvme needs zero_stage=3, got {self.zero_stage}")
+        if not self.bucket >= 1:
+            raise ValueError(f"bucket must be at least 1, got {self.bucket}")
+
+    def config(self, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:
+        """DeepSpeed's own."""
+        zero: dict[str, Any] = {
+            "stage": self.zero_stage,
+            "overlap_comm": self.overlap and torch.cuda.is_available(),
+            "contiguous_gradients": True,
+            "reduce_bucket_size": int(self.bucket),
+        }
+        places = {"offload_optimizer": self.offload, "offload_param": self.offload_params}
+        for key, place in places.items():
+            if place != "none":
+                zero[key] = {"device": place, "pin_memory": torch.cuda.is_available()}
+                zero[key] |= {"nvme_path": self.nvme_path} if place == "nvme" else {}
+        if self.zero_stage == 3:
+            zero |= {
+                "stage3_prefetch_bucket_size": int(self.bucket) // 10,
+                "stage3_param_persistence_threshold": 10_000,
+            }
+        else:
+            zero["allgather_bucket_size"] = int(self.bucket)
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,  # otcrl says when an update is due, and weighs tokens itself
+            "gradient_clipping": max_grad_norm,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "steps_per_print": 1 << 60,
+        }
+
+
+class DeepSpeedBackend:
+    """See `Backend`. With bfloat16 or float16 weights the optimizer has float32 ones."""
+
+    def __init__(
+        self, module: nn.Module, function: Forward, optimizer: Optimizer, max_grad_norm: float, settings: DeepSpeed
+    ) -> None:
+        deepspeed = imported()
+        self.module = module
+        self.in_step = settings.zero_stage > 1
+        self._stage = settings.zero_stage
+        self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        idle = torch.optim.AdamW(self._trained.values(), lr=0.0)
+        config = settings.config(next(iter(self._trained.values())).dtype, max_grad_norm)
+        self._engine: Any = deepspeed.initialize(model=Computes(module, function), optimizer=idle, config=config)[0]
+        self._make_state()
+        self.begin(optimizer, max_grad_norm)
+
+    def _make_state(self) -> None:
+        """AdamW's before its first step, so that it can be read and written from the beginning."""
+        outer, inner = self._engine.optimizer, self._inner()
+        parts = getattr(outer, "fp32_partitioned_groups_flat", None) or [
+            p for g in inner.param_groups for p in g["params"]
+        ]
+        for part in parts:
+            if part not in inner.state and part.numel():  # on a disk DeepSpeed makes it when it is due
+                moments = {key: torch.zeros_like(part) for key in MOMENTS}
+                inner.state[part] = {"step": torch.zeros(()), **moments}
+        if link := getattr(outer, "_lazy_init_hp_params_optimizer_state", None):
+            link()
+
+    def begin(self, optimizer: Optimizer, max_grad_norm: float) -> None:
+        self._engine.optimizer.clip_grad = max_grad_norm
+        for group in self._engine.optimizer.param_groups:
+            group |= {"lr": optimizer.lr, "betas": tuple(optimizer.betas), "weight_decay": optimizer.weight_decay}
+        for state in self._inner().state.values():
+            for value in state.values():
+                value.zero_()
+
+    def _inner(self) -> torch.optim.Optimizer:
+        """The optimizer that DeepSpeed's has inside, whose parameters are this rank's parts."""
+        return self._engine.optimizer.optimizer
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:
+        """DeepSpeed averages over the ranks, and ours are shares of a sum."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        pairs = zip(outputs, gradients, strict=True)
+        self._engine.backward(sum((out * (gradient * dist.size())).sum() for out, gradient in pairs))
+
+    def step(self, rate: float, what: str) -> float:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        with dist.deadline(what):
+            self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+        return imported().zero.GatheredParameters(list(parameters)) if self._stage == 3 else nullcontext()
+
+    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
+        zero = imported().zero
+        gathered = zero.GatheredParameters([parameter], modifier_rank=0) if self._stage == 3 else nullcontext()
+        with gathered, torch.no_grad():
+            parameter.copy_(value)
+        if parameter.requires_grad:
+            self._set(parameter, value)
+
+    def _set(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
+        """The optimizer's own weight, or a moment of it."""
+        tools, key = imported().utils, () if moment is None else (moment,)
+        value = value.to(parameter.device, torch.float32)
+        if self._stage < 3:
+            setter = tools.safe_set_full_fp32_param if moment is None else tools.safe_set_full_optimizer_state
+            setter(parameter, value, *key)
+            return
+        size = parameter.partition_numel()  # pyright: ignore[reportAttributeAccessIssue]  # of a ZeRO-3 parameter
+        whole = nn.functional.pad(
+            value.flatten(), (0, size * dist.size() - value.numel())
+        )  # the last parts may be empty
+        setter = tools.safe_set_local_fp32_param if moment is None else tools.safe_set_local_optimizer_state
+        setter(parameter, whole[dist.rank() * size : (dist.rank() + 1) * size], *key)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        tools = imported().utils
+        steps = [float(state["step"]) for state in self._inner().state.values()]
+        for name, parameter in self._trained.items():
+            for key in MOMENTS:
+                yield f"{key}/{name}", tools.safe_get_full_optimizer_state(parameter, key)
+            yield f"step/{name}", torch.tensor(steps[0])
+            if parameter.dtype != torch.float32:
+                yield f"master/{name}", tools.safe_get_full_fp32_param(parameter)
+
+    def load_state(self, read: Callable[[str], Tensor]) -> None:
+        for name, parameter in self._trained.items():
+            for key in MOMENTS:
+                self._set(parameter, read(f"{key}/{name}").view(whole_shape(parameter)), key)
+            if parameter.dtype != torch.float32:
+                self._set(parameter, read(f"master/{name}"))
+        step = read(f"step/{next(iter(self._trained))}")
+        for state in self._inner().state.values():
+            state["step"].copy_(step)
+
+
+class Frozen:
+    """A module that is only read, its weights split over the ranks as with stage 3."""
+
+    def __init__(self, module: nn.Module, function: Forward, settings: DeepSpeed) -> None:
+        self.module = module
+        config = settings.config(next(module.parameters()).dtype, 1.0)
+        self._engine: Any = imported().initialize(model=Computes(module, function), config=config)[0]
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
+        with imported().zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+            parameter.copy_(value)
+
+
+def imported() -> Any:
+    """The package, whose process group is the run's. Raises ConfigError where it is missing."""
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # nothing is compiled that it is about
+    try:
+        import deepspeed
+    except ModuleNotFoundError as error:
+        raise ConfigError("learner.backend is deepspeed, and it is not installed: pip install deepspeed") from error
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a compiler's minute, and gloo does it too
+    if not torch.distributed.is_initialized():
+        alone()
+    return deepspeed
+
+
+def alone() -> None:
+    """A process group of one, which DeepSpeed needs even so."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented, and not in __all__
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    import deepspeed
+
+    deepspeed.init_distributed(auto_mpi_discovery=False)

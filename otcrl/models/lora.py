@@ -1,0 +1,48 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) by peft: few parameters are trained, engines get the merged weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from otcrl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """W + alpha / rank * B A for each linear layer in `targets`; A is random, B zero, so training starts at W."""
+
+    rank: int  # 0: none, all weights are trained
+    alpha: int
+    targets: str | tuple[str, ...]  # names of linear layers, as peft's target_modules; all-linear: all but the output
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise ValueError(f"rank must be at least 0, got {self.rank}")
+        if not self.alpha > 0:
+            raise ValueError(f"alpha must be above 0, got {self.alpha}")
+
+    def adapt(self, model: PreTrainedModel, seed: int) -> None:
+        """Put adapters into `model`, in place; nothing but them is trained then.
+
+        Raises ConfigError without peft, or when no layer has one of the names.
+        """
+        if self.rank == 0:
+            return
+        try:
+            from peft import LoraConfig
+        except ModuleNotFoundError as error:
+            raise ConfigError("learner.lora.rank is above 0, and peft is not installed: pip install peft") from error
+        import torch
+
+        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=targets, lora_dropout=0.0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                model.add_adapter(config)
+            except ValueError as error:
+                raise ConfigError(f"learner.lora.targets: {str(error).splitlines()[0]}") from error

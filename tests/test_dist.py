@@ -1,0 +1,202 @@
+"""Several ranks compute what one does; real processes that torchrun starts, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from otcrl.checkpoint import Frontier
+from otcrl.packing import common_prefix, shares
+from otcrl.rollout.stream import Stream, joined
+from otcrl.types import Problem
+from tests import ranks
+from tests.make import problem
+
+ROOT = Path(__file__).parents[1]
+LONG = pytest.mark.skipif("OTCRL_LONG" not in os.environ, reason="four ranks take minutes on two cores: OTCRL_LONG=1")
+
+
+def torchrun(count: int, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *words]
+    own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+# -- the learner ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=LONG)])
+def together(request, tmp_path_factory) -> dict[str, Any]:
+    """What several ranks have computed."""
+    pytest.importorskip("deepspeed")
+    path = tmp_path_factory.mktemp("ranks") / "found.pt"
+    run = torchrun(request.param, "-m", "tests.ranks", str(path))
+    assert run.returncode == 0, run.stderr[-4000:]
+    return torch.load(path, weights_only=False)
+
+
+def close(found: Any, expected: Any, *, absolute: float, relative: float, where: str) -> None:
+    """Tensors, numbers and what holds them agree."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name in expected:
+            close(found[name], expected[name], absolute=absolute, relative=relative, where=f"{where}/{name}")
+    else:
+        found, expected = (torch.as_tensor(value, dtype=torch.float64) for value in (found, expected))
+        assert torch.allclose(found, expected, atol=absolute, rtol=relative), where
+
+
+def test_ranks_packing_and_micro_batches_change_no_gradient_and_no_statistic(together):
+    """In float64, to 1e-10 but for the log-probs that travel in float32."""
+    for name in ranks.TORCH:
+        algo = name.split("/")[1]
+        expected = ranks.plain(f"torch/{algo}/padded/10000")
+        found = together[name]
+        for key in ("old 0", "ref 0", "values 0"):
+            close(found[key], expected[key], absolute=1e-6, relative=0, where=f"{name}: {key}")
+        close(found["state"], expected["state"], absolute=1e-7, relative=1e-5, where=name)
+        close(found["metrics 1"], expected["metrics 1"], absolute=1e-5, relative=1e-4, where=name)
+
+
+def test_zero_changes_no_gradient_and_no_statistic(together):
+    with ranks.float32():
+        alone = {algo: ranks.plain(f"torch/{algo}/shared/10000") for algo in ranks.ALGORITHMS}
+    for name, (algo, stage, offload) in ranks.ZERO.items():
+        found, expected = together[name], alone[algo]
+        where = f"stage {stage}, offload {offload}, {algo}"
+        for key in ("old 0", "ref 0", "values 0"):
+            close(found[key], expected[key], absolute=1e-5, relative=0, where=f"{where}: {key}")
+        close(found["state"], expected["state"], absolute=1e-6, relative=1e-4, where=where)
+        close(found["metrics 0"], expected["metrics 0"], absolute=1e-4, relative=1e-3, where=where)
+        assert found["weights"].keys() == expected["weights"].keys()
+        assert [value.shape for value in found["weights"].values()] == [v.shape for v in expected["weights"].values()]
+        assert len(found["says"]) == 5
+
+
+def test_state_goes_from_one_learner_to_another_bit_for_bit(together):
+    assert all(together[name]["restored"] for name in ranks.ZERO)
+
+
+# -- how work is split --------------------------------------------------------------------------------------
+
+ROWS = st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=12)
+
+
+@given(rows=ROWS, count=st.integers(1, 5), share=st.booleans())
+def test_each_row_is_read_by_one_rank_and_none_has_much_more_to_read(rows, count, share):
+    import numpy as np
+
+    arrays = [np.array(row, dtype=np.int64) for row in rows]
+    own = shares(arrays, count, share=share)
+    assert len(own) == count
+    assert sorted(i for part in own for i in part) == list(range(len(rows)))
+    order = [i for part in own for i in part]
+    assert order == sorted(order, key=lambda i: (rows[i], i))  # neighbours stay together
+    costs = {
+        i: len(rows[i]) - (common_prefix(arrays[i], arrays[order[at - 1]]) if share and at else 0)
+        for at, i in enumerate(order)
+    }
+    most = max(costs.values(), default=0)
+    assert all(sum(costs[i] for i in part) <= sum(costs.values()) / count + most for part in own)
+
+
+def numbered(step: int, count: int) -> list[Problem]:
+    return [problem(f"nq/train/{step * count + i}") for i in range(count)]
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.lists(st.integers(0, 6), min_size=4, max_size=4), st.data())
+def test_a_run_goes_on_with_another_number_of_ranks_and_no_problem_is_lost_or_comes_twice(before, after, played, data):
+    consumed: list[int] = []
+    streams = [Stream(numbered, 12, rank, before) for rank in range(before)]
+    frontiers = []
+    for stream, count in zip(streams, played, strict=False):
+        begun = [stream.next() for _ in range(count)]
+        done = data.draw(st.lists(st.sampled_from(begun), unique=True)) if begun else []
+        consumed += done
+        frontiers.append(stream.frontier(set(begun) - set(done)))
+    whole = joined(frontiers)
+    streams = [Stream(numbered, 12, rank, after) for rank in range(after)]
+    for stream in streams:
+        stream.restore(whole)
+    for _ in range(30):
+        consumed += [stream.next() for stream in streams]
+    assert len(consumed) == len(set(consumed))
+    assert set(range(min(30, max(consumed)))) <= set(consumed)
+
+
+def test_one_rank_plays_as_before():
+    stream = Stream(numbered, 4)
+    assert [stream.next() for _ in range(5)] == [0, 1, 2, 3, 4]
+    assert joined([stream.frontier([3])]) == Frontier(cursor=5, pending=(3,))
+
+
+# -- the whole run ------------------------------------------------------------------------------------------
+
+SHORT = (
+    *("conf=quickstart", "sft.steps=40", "sft.batch_size=24", "loop.steps=3", "loop.problems_per_step=6"),
+    *("rollout.group_size=4", "evaluate.sampled=false", "logger=console", "learner.minibatch_size=10"),
+    *("task.entities=6", "task.large_sums=20", "model.width=32", "reward._target_=tests.ranks.ByLength"),
+)
+TIMES = ("time/", "perf/", "checkpoint/")
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
+
+
+@pytest.mark.parametrize("backend", ["torch", "deepspeed"])
+def test_two_ranks_train_as_one_does(tmp_path, backend):
+    alone = [sys.executable, "-m", "otcrl", "train", *SHORT, f"run_dir={tmp_path / 'alone'}"]
+    own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(alone, env=own, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    more = ["learner.backend=deepspeed", "learner.deepspeed.zero_stage=3"] if backend == "deepspeed" else []
+    run = torchrun(2, "-m", "otcrl", "train", *SHORT, *more, f"run_dir={tmp_path / 'two'}")
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.count("step     0") == 1  # one rank prints
+    one, two = metrics(tmp_path / "alone"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 4
+    assert all(row["update/policy_grad_norm"] > 0 for row in one[:3])
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        assert a == pytest.approx(b, rel=2e-3, abs=2e-4, nan_ok=True)
+    assert (tmp_path / "two/model/model.safetensors").is_file()
+    assert (tmp_path / "two/summary.json").is_file()
+
+
+def test_a_rank_whose_others_do_not_come_ends_and_says_where_it_was(tmp_path):
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import time\n"
+        "from otcrl import dist\n"
+        "dist.start(dist.Ranks(timeout_s=3))\n"
+        "if dist.rank() == 1: time.sleep(60)\n"
+        "dist.gather(1, 'step 12: the other ranks\\' rollouts')\n"
+    )
+    run = torchrun(2, str(script))
+    assert run.returncode != 0
+    assert "step 12: the other ranks' rollouts" in run.stderr
+    assert "rank 0 of 2" in run.stderr
+
+
+def test_problems_that_ranks_cannot_share_are_refused(tmp_path):
+    run = torchrun(2, "-m", "otcrl", "train", *SHORT, "loop.problems_per_step=5", f"run_dir={tmp_path / 'run'}")
+    assert "loop.problems_per_step is 5, and 2 ranks cannot play as many each: use 4" in run.stderr
+
+
+def test_a_launcher_that_says_half_of_it_is_not_believed():
+    own = os.environ | {"WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    own.pop("RANK", None)
+    words = [sys.executable, "-m", "otcrl", "train", "conf=quickstart"]
+    run = subprocess.run(words, env=own, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    assert run.returncode == 2
+    assert "WORLD_SIZE is 2 and RANK is not set: start the run with `torchrun" in run.stderr
