@@ -30,7 +30,7 @@ from otcrl.loggers.jsonl import JsonlLogger, whole_lines
 from otcrl.loggers.progress import Bars
 from otcrl.models.critic import Critic
 from otcrl.presets import conf_dir
-from otcrl.protocols import Algorithm, Dialect, Engine, Logger, Malformed, Task, Tool
+from otcrl.protocols import Algorithm, Dialect, Engine, Logger, Malformed, RewardFn, Task, Tool
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Limits, Player
 from otcrl.rollout.schedule import Rollouts, Schedule
@@ -173,11 +173,6 @@ def build_world(cfg: Config, *, weights: bool = True) -> World:
 
 
 def build_learner(cfg: Config, world: World, algo: Algorithm, collector: Collector, loop: Loop) -> Learner:
-    if not algo.needs_critic and collector.group_size < 2:
-        raise ConfigError(
-            f"rollout.group_size is {collector.group_size}, and {type(algo).__name__} compares trajectories "
-            "of one problem: use 2 or more"
-        )
     if collector.temperature == 0:
         raise ConfigError("rollout.temperature is 0, and training needs trajectories that differ: use 1.0")
     return construct_as(
@@ -237,9 +232,10 @@ def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
     loop = construct_as(Loop, cfg["loop"], "loop")
     algo = construct(cfg["algo"], "algo")
     correction = construct_as(Correction, cfg["correction"], "correction")
-    reward = construct(cfg["reward"], "reward", correct=world.task.correct)
+    reward = construct(cfg["reward"], "reward", correct=world.task.correct, tool_names=tuple(world.tools))
     engine = build_engine(cfg, world)
     collector = build_collector(cfg, world, engine)
+    check_group_size(collector.group_size, algo, reward)
     rollouts = build_rollouts(cfg, world.task, collector, loop)
     learner = build_learner(cfg, world, algo, collector, loop)
     check_questions(collector.player, world.task, loop)
@@ -324,6 +320,16 @@ def check_names(cfg: Config) -> None:
         raise ConfigError(f"threads must be null or at least 1, got {threads!r}")
     if not 0 <= cfg["seed"] < 2**32:
         raise ConfigError(f"seed must be at least 0 and below 2**32, got {cfg['seed']}")
+
+
+def check_group_size(size: int, algo: Algorithm, reward: RewardFn) -> None:
+    """Raises ConfigError for one trajectory a problem where the algorithm or the reward compares siblings."""
+    for part, instead in ((algo, "algo=ppo or algo=reinforce_pp"), (reward, "reward=otc_ppo")):
+        if size < 2 and part.needs_groups:
+            raise ConfigError(
+                f"rollout.group_size is {size}, and {type(part).__name__} compares trajectories of one problem: "
+                f"use 2 or more, or {instead}"
+            )
 
 
 def check_questions(player: Player, task: Task, loop: Loop) -> None:

@@ -38,7 +38,7 @@ class Checkpoint:
 
     path: Path
     step: int
-    reward_state: dict[str, int]
+    reward_state: dict[str, float]
     frontier: Frontier
 
 
@@ -47,7 +47,7 @@ def save(
     step: int,
     learner: Learner,
     tokenizer: PreTrainedTokenizerBase,
-    reward_state: Mapping[str, int],
+    reward_state: Mapping[str, float],
     frontier: Frontier,
     keep: int,
 ) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def compose(overrides: Sequence[str], *, preset: Path | None = None, run: Path |
         if override.key_or_group in groups() and not override.is_delete() and not isinstance(override.value(), str):
             group = override.key_or_group
             raise ConfigError(f"{override.input_line!r}: {group} is chosen by name.{nearest('', options(group))}")
-    chosen = [override.key_or_group for override in parsed]
+    chosen = {override.key_or_group: str(override.value()) for override in parsed}
     with staged(preset, run, chosen) as stage:
         config = compose_staged(stage, overrides)
     sections = [*known_sections()]
@@ -103,24 +103,39 @@ def known_sections() -> list[str]:
 
 
 @contextmanager
-def staged(preset: Path | None, run: Path | None, overridden: Sequence[str]) -> Iterator[Path]:
+def staged(preset: Path | None, run: Path | None, chosen: Mapping[str, str]) -> Iterator[Path]:
     """A directory for Hydra to start from, gone afterwards."""
-    primary = saved(run, overridden) if run else load(conf_dir() / "config.yaml")
+    primary = saved(run, chosen) if run else load(conf_dir() / "config.yaml")
     search = [conf_dir()]
     with tempfile.TemporaryDirectory(prefix="otcrl-") as directory:
         stage = Path(directory)
         if preset:
-            load(preset)  # a syntax error should name the user's file, not our copy of it
-            stage.joinpath("experiment").mkdir()
-            stage.joinpath("experiment/chosen.yaml").write_text("# @package _global_\n" + preset.read_text())
-            primary["defaults"][primary["defaults"].index({"experiment": None})] = {"experiment": "chosen"}
             search.append(preset.parent.parent if preset.parent.name == "experiment" else preset.parent)
+            content = fitting(load(preset), chosen, search)  # a syntax error names the user's file, not our copy of it
+            stage.joinpath("experiment").mkdir()
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+            stage.joinpath("experiment/chosen.yaml").write_text("# @package _global_\n" + text)
+            primary["defaults"][primary["defaults"].index({"experiment": None})] = {"experiment": "chosen"}
         primary["hydra"] = {"searchpath": [path.as_uri() for path in search]}
         stage.joinpath("config.yaml").write_text(yaml.safe_dump(primary, sort_keys=False))
         yield stage
 
 
-def saved(run: Path, overridden: Sequence[str]) -> Config:
+def fitting(preset: Config, chosen: Mapping[str, str], search: Sequence[Path]) -> Config:
+    """The preset, where a group is chosen anew without those of its settings that the new choice does not have.
+
+    `conf=quickstart algo=rloo`: quickstart's algo.weighting was said of GRPO.
+    """
+    fit = dict(preset)
+    for group in groups():
+        files = [root / group / f"{chosen.get(group)}.yaml" for root in search]
+        keys = next((load(path).keys() for path in files if path.is_file()), None)
+        if keys is not None and isinstance(preset.get(group), dict):
+            fit[group] = {key: value for key, value in preset[group].items() if key in keys}
+    return fit
+
+
+def saved(run: Path, overridden: Collection[str]) -> Config:
     """What `run` was started with, as a primary config. A group that is chosen anew replaces its section."""
     path = run / "config.yaml"
     if not path.is_file():

@@ -121,8 +121,8 @@ def setting(
     if parameter is None or parameter.annotation is parameter.empty:
         return value
     hint = resolve(cls, parameter)
-    if isinstance(hint, type) and is_dataclass(hint) and isinstance(value, Mapping):
-        return construct_as(hint, value, where, **wired)
+    if isinstance(hint, type) and is_dataclass(hint):
+        return construct_as(hint, value, where, **wired)  # pyright: ignore[reportArgumentType]  it checks the value
     return checked(value, hint, where)
 
 
@@ -144,8 +144,12 @@ def nested(value: object, where: str, wired: Mapping[str, object]) -> object:
 
 
 def resolve(cls: Constructor[object], parameter: inspect.Parameter) -> Any:
-    """The parameter's type. One at a time: a wired part's type may be importable by type checkers only."""
-    namespace = vars(sys.modules[cls.__module__])
+    """The parameter's type. One at a time: a wired part's type may be importable by type checkers only.
+
+    A parameter may be inherited, so the modules of all the class's bases are asked what its type's name means.
+    """
+    owners = reversed(getattr(cls, "__mro__", (cls,)))
+    namespace = {name: value for owner in owners for name, value in vars(sys.modules[owner.__module__]).items()}
     holder = SimpleNamespace(__annotations__={"it": parameter.annotation})
     return get_type_hints(holder, globalns=namespace)["it"]
 

@@ -203,11 +203,16 @@ class RewardFn(Protocol):
 
     def __call__(self, trajectories_PG: Sequence[Sequence[Trajectory]]) -> list[list[Reward]]: ...
 
-    def state_dict(self) -> dict[str, int]:
+    @property
+    def needs_groups(self) -> bool:
+        """True when it means nothing for a problem with a single trajectory: it compares siblings."""
+        ...
+
+    def state_dict(self) -> dict[str, float]:
         """What must survive a restart (the table of n); {} when stateless."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, float]) -> None: ...
 
 
 class Algorithm(Protocol):
@@ -217,11 +222,16 @@ class Algorithm(Protocol):
     def needs_critic(self) -> bool: ...
 
     @property
+    def needs_groups(self) -> bool:
+        """True when a problem with a single trajectory teaches nothing: the group is the baseline."""
+        ...
+
+    @property
     def needs_reference(self) -> bool: ...
 
     @property
-    def weighting(self) -> str:
-        """How tokens are averaged into one loss: a key of `functional.token_weights`."""
+    def weighting(self) -> str | int:
+        """How tokens are averaged into one loss: see `functional.token_weights`."""
         ...
 
     @property

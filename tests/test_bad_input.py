@@ -108,8 +108,15 @@ IMPOSSIBLE = {
     "learner.old_logprobs=sample": "learner: old_logprobs must be 'recompute' or 'sampler', got 'sample'. Did you mean "
     "'sampler'?",
     "algo.clip_low=-1": "algo: clip_low must be 0 or more, got -1.0",
+    "algo.std_floor=-0.1": "algo: std_floor must be 0 or more, got -0.1",
+    "algo.kl_coef=inf": "algo: kl_coef must be 0 or more, got inf",
     "algo.weighting=tokn": "algo.weighting must be 'token' or 'sequence', got 'tokn'. Did you mean 'token'?",
     "reward.alpha=nan": "reward: alpha must be above 0, got nan",
+    "reward.combine=add": "reward: combine must be one of product, sum, got 'add'",
+    "reward.warmup.steps=-1": "reward.warmup: steps must be at least 0, got -1",
+    "reward.warmup=null": "reward.warmup must be a section of settings, got None",
+    "reward.price.per_second=-1": "reward.price: per_second must be 0 or more, got -1.0",
+    "+reward.price.tools={serch:2}": "reward.price: tools: there is no tool 'serch'. Did you mean 'search'?",
     "correction.level=tokn": "correction.level must be 'none' or 'token' or 'sequence' or 'geometric', got 'tokn'. "
     "Did you mean 'token'?",
     "correction.bound=clip": "correction.bound must be 'truncate' or 'mask', got 'clip'",
@@ -164,6 +171,45 @@ def test_an_impossible_setting_is_one_line_before_anything_is_written(
     run_dir = [] if override.startswith("run_dir") else [f"run_dir={tmp_path / 'run'}"]
     assert refusal(capsys, "train", *settings, *run_dir, override).startswith(message)
     assert not (tmp_path / "run").exists()
+
+
+ALONE = {
+    "algo=rloo": "rollout.group_size is 1, and RLOO compares trajectories of one problem: use 2 or more, or algo=ppo",
+    "algo=ppo reward.scope=local": "rollout.group_size is 1, and OTCReward compares trajectories of one problem: use 2 "
+    "or more, or reward=otc_ppo",
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), ALONE.items(), ids=ALONE.keys())
+def test_one_trajectory_a_problem_is_refused_where_siblings_are_compared(
+    overrides: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = [*ATLAS, "rollout.group_size=1", f"run_dir={tmp_path / 'run'}"]
+    words = [word for word in words if not word.startswith("rollout.group_size=2")]
+    assert refusal(capsys, "train", *words, *overrides.split()).startswith(message)
+    assert not (tmp_path / "run").exists()
+
+
+OTHERS = {
+    "algo=dr_grpo algo.max_tokens=0": "algo: max_tokens must be at least 1, got 0",
+    "algo=gspo algo.clip_low=-1": "algo: clip_low must be 0 or more, got -1.0",
+    "algo=max_rl algo.weighting=all": "algo.weighting must be 'token' or 'sequence', got 'all'",
+    "reward=torl reward.error_penalty=-1": "reward: error_penalty must be 0 or more, got -1.0",
+    "reward=toolrl reward.matching=gredy": "reward.matching must be 'greedy' or 'optimal', got 'gredy'. Did you mean ",
+    "reward=format reward.rules=seqence": "reward.rules must be 'sequence' or 'dialect', got 'seqence'. Did you mean ",
+    "reward=behaviour reward.acting=fewer": "reward.acting must be 'less' or 'any' or 'more', got 'fewer'",
+    "reward=behaviour reward.tokens_scale=0": "reward: tokens_scale must be above 0, got 0.0",
+    "reward=behaviour reward.counter=wel_formed": "reward: there is no counter 'wel_formed'. Did you mean ",
+    "reward=overlong reward.cache_tokens=0": "reward: cache_tokens must be at least 1 and at most max_tokens=100, got",
+}
+
+
+@pytest.mark.parametrize(("overrides", "message"), OTHERS.items(), ids=OTHERS.keys())
+def test_an_impossible_setting_of_another_algorithm_or_reward_is_refused_as_well(
+    overrides: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = [word for word in ATLAS if not word.startswith("algo.")]
+    assert refusal(capsys, "train", *words, f"run_dir={tmp_path / 'run'}", *overrides.split()).startswith(message)
 
 
 def test_an_earlier_run_stays_in_its_place_when_the_next_one_is_refused(

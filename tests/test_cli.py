@@ -16,6 +16,7 @@ import yaml
 
 from otcrl import cli
 from otcrl.compose import compose, expand, to_yaml
+from otcrl.errors import ConfigError
 from otcrl.presets import presets
 
 ROOT = Path(__file__).parents[1]
@@ -96,6 +97,22 @@ def test_every_preset_runs_on_vllm_by_one_word(word: str):
         settings = cli.run_config([f"conf={preset}", f"{word}=vllm"])["engine"]
         assert settings["_target_"] == "otcrl.rollout.vllm_engine.VLLMEngine"
         assert settings.keys() == compose_engine("vllm").keys(), "a preset sets only what every engine has"
+
+
+@pytest.mark.parametrize("algo", [path.stem for path in (ROOT / "conf/algo").glob("*.yaml")])
+def test_every_preset_trains_with_every_algorithm_by_one_word(algo: str):
+    known = yaml.safe_load((ROOT / f"conf/algo/{algo}.yaml").read_text())
+    for preset in ("quickstart", "smollm2_search", "smollm2_python"):
+        settings = cli.run_config([f"conf={preset}", f"algo={algo}"])["algo"]
+        assert settings.keys() == known.keys(), "what a preset says of another algorithm is left out"
+        assert settings.get("kl_coef", 0.0) == 0.0, "what it says of both is kept"
+
+
+def test_what_is_typed_is_never_left_out():
+    with pytest.raises(ConfigError, match=r"algo\.weighting is not a setting"):
+        cli.run_config(["conf=quickstart", "algo=rloo", "algo.weighting=token"])
+    assert cli.run_config(["conf=smollm2_python", "reward=otc_ppo"])["reward"]["c"] == 3.0
+    assert "c" not in cli.run_config(["conf=smollm2_python", "reward=outcome"])["reward"]
 
 
 def compose_engine(name: str) -> dict[str, Any]:

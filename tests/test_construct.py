@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from otcrl.construct import construct, construct_as, locate, settings_of, wired_parts
 from otcrl.errors import ConfigError, DataError
 from otcrl.presets import conf_dir, presets
+from otcrl.rewards.otc import OTCReward
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -142,6 +144,26 @@ def test_a_dataclass_inside_is_held_to_the_same_rules():
     section = {"_target_": "tests.test_construct.Sum", "parts": [], "schedule": {"stps": 3}}
     with pytest.raises(ConfigError, match=r"x\.schedule\.stps is not a setting of Schedule\. Did you mean 'steps'\?"):
         construct(section, "x")
+
+
+@pytest.mark.parametrize("value", [None, 5, "fast"])
+def test_a_plain_value_where_a_section_belongs_is_refused(value: object):
+    section = {"_target_": "tests.test_construct.Sum", "parts": [], "schedule": value}
+    with pytest.raises(ConfigError, match=rf"x\.schedule must be a section of settings, got {value!r}"):
+        construct(section, "x")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Own(OTCReward):
+    """A user's class, in a module that knows nothing of the types of what it inherits."""
+
+    bonus: float
+
+
+def test_settings_may_be_inherited_from_a_class_of_another_module():
+    settings = yaml.safe_load((conf_dir() / "reward/otc_grpo.yaml").read_text())
+    own = construct(settings | {"_target_": f"{__name__}.Own", "bonus": 1.0}, "reward", correct=lambda a, p: 1.0)
+    assert (own.bonus, own.warmup.steps, own.price.tools) == (1.0, 0, {})
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from math import cos, pi, sin
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otcrl.rewards.format import format_score
-from otcrl.rewards.otc import OTCReward, f, r_tool_grpo, r_tool_ppo
+from otcrl.construct import construct
+from otcrl.errors import ConfigError
+from otcrl.protocols import RewardFn
+from otcrl.rewards.behaviour import BehaviourReward, factor
+from otcrl.rewards.cost import Price, cost
+from otcrl.rewards.format import FormatReward, fault, format_score
+from otcrl.rewards.otc import OTCReward, Warmup, f, r_tool_grpo, r_tool_ppo
 from otcrl.rewards.outcome import OutcomeReward
-from otcrl.types import Outcome, Problem, Stop
+from otcrl.rewards.overlong import Overlong, overlong
+from otcrl.rewards.torl import ToRLReward
+from otcrl.types import Outcome, Problem, Stop, ToolCall, Trajectory
 from tests.make import problem, trajectory
 
 # arXiv:2504.14870: m = 0..5 calls
@@ -28,12 +37,19 @@ def correct(answer: str, of: Problem) -> float:
     return float(answer == of.answers[0])
 
 
-def otc(form: str = "grpo", scope: str = "global", counter: str = "well_formed", **other: float | bool) -> OTCReward:
-    settings = {"alpha": 1.0, "c": 4.0, "format_weight": 0.0, "require_well_formed": True} | other
-    return OTCReward(correct=correct, form=form, scope=scope, counter=counter, **settings)  # pyright: ignore
+def prices(**tools: float) -> Price:
+    return Price(tools=tools, per_second=0.0, per_token=0.0, per_fee=0.0)
 
 
-def values(reward: OTCReward, *groups: list) -> list[list[float]]:
+def otc(form: str = "grpo", **other) -> OTCReward:
+    settings = {
+        "alpha": 1.0, "c": 4.0, "warmup": Warmup(steps=0, alpha=1.0, c=4.0), "scope": "global", "combine": "product",
+        "counter": "well_formed", "price": prices(), "format_weight": 0.0, "require_well_formed": True,
+    }  # fmt: skip
+    return OTCReward(**{"correct": correct, "form": form} | settings | other)
+
+
+def values(reward: RewardFn, *groups: list) -> list[list[float]]:
     return [[r.value for r in group] for group in reward(list(groups))]
 
 
@@ -143,10 +159,188 @@ def test_format_weight_gives_the_papers_second_r_phi():
     assert found == pytest.approx([0.8660 * 0.5, 0.8660 * 1.5], abs=1e-4)
 
 
-@pytest.mark.parametrize(("name", "value"), [("form", "dpo"), ("scope", "world"), ("counter", "all")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("form", "dpo"), ("scope", "world"), ("combine", "mean"), ("counter", "all")]
+)
 def test_an_unknown_choice_is_refused_by_name(name, value):
     with pytest.raises(ValueError, match=f"{name} must be one of .*got '{value}'"):
         otc(**{name: value})
+
+
+# -- OTC: products, sums, schedules, prices ----------------------------------------------------------------
+
+
+def test_a_sum_pays_for_a_wrong_answer_without_calls_and_a_product_does_not():
+    lazy_and_wrong, right_with_calls = trajectory(right=False), trajectory(calls=4)
+    product = values(otc("ppo"), [lazy_and_wrong, right_with_calls])[0]
+    added = values(otc("ppo", combine="sum"), [lazy_and_wrong, right_with_calls])[0]
+    assert product == pytest.approx([0.0, 0.5])
+    assert added == pytest.approx([1.0, 1.5])
+    many = [lazy_and_wrong, trajectory(right=False, calls=4)]
+    assert values(otc("ppo"), many)[0] == [0.0, 0.0]
+    assert values(otc("ppo", combine="sum"), many)[0] == pytest.approx([1.0, 0.5])  # wrong is wrong, but cheaper pays
+
+
+def test_torls_minus_one_under_a_product_would_pay_wrong_answers_for_calling():
+    torl = ToRLReward(correct=correct, error_penalty=0.0)
+    wrong = [trajectory(right=False, calls=m) for m in range(5)]
+    as_it_is = [r_tool_ppo(m, 3) * r.value for m, r in enumerate(torl([wrong])[0])]
+    assert as_it_is == sorted(as_it_is)  # -1, -0.81, ... -0.42: each further call hurts less
+    shifted = [r_tool_ppo(m, 3) * (r.value + 1) / 2 for m, r in enumerate(torl([wrong])[0])]
+    assert shifted == values(otc("ppo", c=3.0), wrong)[0] == [0.0] * 5
+
+
+def with_versions(t: Trajectory, version: int) -> Trajectory:
+    return replace(t, versions=[-1, version])
+
+
+def test_alpha_and_c_reach_their_values_in_a_straight_line():
+    reward = otc("ppo", alpha=1.0, c=4.0, warmup=Warmup(steps=10, alpha=2.0, c=8.0))
+    for version, alpha, c in ((0, 2.0, 8.0), (5, 1.5, 6.0), (10, 1.0, 4.0), (99, 1.0, 4.0)):
+        found = values(reward, [with_versions(trajectory(calls=1), version)])[0][0]
+        assert found == pytest.approx(alpha * cos(pi / (2 + c)))
+
+
+def test_siblings_of_different_age_are_paid_by_one_schedule():
+    reward = otc("ppo", warmup=Warmup(steps=10, alpha=2.0, c=4.0))
+    old, new = with_versions(trajectory(calls=1), 4), with_versions(trajectory(calls=1), 5)
+    assert len(set(values(reward, [old, new])[0])) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"steps": -1}, "steps must be at least 0, got -1"), ({"c": 0.0}, "c must be above 0, got 0.0")],
+)
+def test_an_impossible_warmup_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Warmup(**{"steps": 1, "alpha": 1.0, "c": 1.0} | settings)
+
+
+def called(*calls: ToolCall, observed: int = 0, of: Problem | None = None) -> Trajectory:
+    """One token of prompt, one sampled, `observed` tokens of results, one sampled."""
+    length = 3 + observed
+    return replace(
+        trajectory(of=of),
+        token_ids=[1] * length,
+        action_mask=[False, True, *[False] * observed, True],
+        logprobs=[0.0] * length,
+        versions=[0] * length,
+        tool_calls=calls,
+    )
+
+
+SEARCH = ToolCall("search", "q", "r", Outcome.OK, seconds=2.0, price=0.5)
+PYTHON = ToolCall("python", "q", "r", Outcome.MODEL_ERROR, seconds=10.0)
+INVALID = ToolCall("", "q", "r", Outcome.INVALID, seconds=99.0)
+
+
+def test_a_call_costs_one_unless_priced():
+    t = called(SEARCH, PYTHON, INVALID, observed=7)
+    assert cost(t, "well_formed", prices()) == 2
+    assert cost(t, "well_formed", prices(search=3.0)) == 3 + 1
+    assert cost(t, "well_formed", replace(prices(), per_second=0.1)) == pytest.approx(2 + 1.2)
+    assert cost(t, "well_formed", replace(prices(), per_fee=2.0)) == 2 + 1
+    assert cost(t, "well_formed", replace(prices(), per_token=0.01)) == pytest.approx(2 + 0.07)
+    assert cost(t, "emitted", prices(search=0.0)) == 2
+
+
+@given(st.lists(st.sampled_from([SEARCH, PYTHON, INVALID]), max_size=5), st.floats(0, 3), st.floats(0, 1))
+def test_a_price_of_one_and_nothing_else_is_counting(calls, search, second):
+    t = called(*calls)
+    assert cost(t, "well_formed", prices()) == sum(c.outcome is not Outcome.INVALID for c in calls)
+    priced = cost(t, "well_formed", replace(prices(search=search), per_second=second))
+    one_more = cost(called(*calls, SEARCH), "well_formed", replace(prices(search=search), per_second=second))
+    assert one_more == pytest.approx(priced + search + 2 * second)
+
+
+def test_n_is_the_least_price_of_a_right_answer():
+    reward = otc(price=prices(search=3.0))
+    assert values(reward, [called(SEARCH), called(PYTHON, PYTHON)])[0] == pytest.approx([sin(3 * pi / 5), 1.0])
+    assert reward.table == {"nq/train/0": 2.0}
+
+
+def test_a_price_for_a_tool_that_is_not_there_is_refused_with_the_nearest_name():
+    settings = {"tools": {"serch": 2.0}, "per_second": 0.0, "per_token": 0.0, "per_fee": 0.0}
+    section = {"_target_": "otcrl.rewards.cost.Price", **settings}
+    with pytest.raises(ConfigError, match=r"price: tools: there is no tool 'serch'. Did you mean 'search'\?"):
+        construct(section, "price", tool_names=("search", "python"))
+    with pytest.raises(ConfigError, match=r"price: tools.search must be 0 or more, got -1.0"):
+        construct(section | {"tools": {"search": -1.0}}, "price", tool_names=("search", "python"))
+
+
+def test_only_the_local_n_needs_siblings():
+    assert otc(scope="local").needs_groups
+    assert not otc(scope="global").needs_groups
+    assert not otc("ppo", scope="local").needs_groups
+
+
+# -- other rewards -----------------------------------------------------------------------------------------
+
+
+def test_torl_pays_plus_and_minus_one_and_takes_off_for_programs_that_fail():
+    group = [
+        trajectory(), trajectory(right=False), trajectory(answer=None), trajectory(outcomes=(Outcome.OK,)),
+        trajectory(outcomes=(Outcome.MODEL_ERROR, Outcome.OK)), trajectory(outcomes=(Outcome.INVALID,)),
+    ]  # fmt: skip
+    assert values(ToRLReward(correct=correct, error_penalty=0.0), group) == [[1, -1, -1, 1, 1, 1]]
+    assert values(ToRLReward(correct=correct, error_penalty=0.5), group) == [[1, -1, -1, 1, 0.5, 1]]
+
+
+@given(st.integers(0, 30), st.integers(1, 30), st.integers(1, 30))
+def test_overlong_is_eq_13(length, cache, more):
+    most = cache + more
+    if length <= most - cache:
+        expected = 0.0
+    elif length <= most:
+        expected = ((most - cache) - length) / cache
+    else:
+        expected = -1.0
+    assert overlong(length, most, cache) == pytest.approx(expected)
+
+
+def test_overlong_is_added_to_any_reward_and_keeps_its_state():
+    reward = Overlong(reward=otc(scope="global"), max_tokens=10, cache_tokens=4)
+    short, near, at_limit = called(SEARCH), called(SEARCH, observed=6), called(SEARCH, observed=8)
+    assert [len(t.token_ids) - 1 for t in (short, near, at_limit)] == [2, 8, 10]  # the prompt does not count
+    assert values(reward, [short, near, at_limit])[0] == pytest.approx([1.0, 0.5, 0.0])
+    assert reward.state_dict() == {"nq/train/0": 1}
+    assert not reward.needs_groups
+    with pytest.raises(ValueError, match="cache_tokens must be at least 1 and at most max_tokens=10, got 11"):
+        Overlong(reward=otc(), max_tokens=10, cache_tokens=11)
+
+
+def behaviour(acting: str, reasoning: str) -> BehaviourReward:
+    return BehaviourReward(
+        correct=correct, acting=acting, reasoning=reasoning,  # pyright: ignore
+        calls_scale=4.0, tokens_scale=20.0, counter="well_formed", require_well_formed=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("acting", ["less", "more"])
+@pytest.mark.parametrize("reasoning", ["less", "more"])
+def test_each_of_the_four_behaviours_prefers_its_own_corner(acting, reasoning):
+    def thinking(calls: int, tokens: int) -> Trajectory:
+        t = trajectory(calls=calls)
+        return replace(t, token_ids=[1] * (tokens + 1), action_mask=[False, *[True] * tokens],
+                       logprobs=[0.0] * (tokens + 1), versions=[0] * (tokens + 1))  # fmt: skip
+
+    corners = {(a, r): thinking(3 if a == "more" else 0, 50 if r == "more" else 5)
+               for a in ("less", "more") for r in ("less", "more")}  # fmt: skip
+    found = dict(zip(corners, values(behaviour(acting, reasoning), list(corners.values()))[0], strict=True))
+    assert max(found, key=found.__getitem__) == (acting, reasoning)
+    assert min(found.values()) > 0 == values(behaviour(acting, reasoning), [trajectory(right=False)])[0][0]
+
+
+def test_less_acting_and_any_reasoning_is_otc_ppo():
+    group = [trajectory(calls=m) for m in range(5)]
+    assert values(behaviour("less", "any"), group) == values(otc("ppo"), group)
+
+
+@given(st.integers(0, 200), st.floats(0.1, 50))
+def test_more_is_paid_more_for_more_and_less_for_less(amount, scale):
+    assert factor(amount, scale, "less") > factor(amount + 1, scale, "less") > 0
+    assert 0.5 <= factor(amount, scale, "more") < factor(amount + 1, scale, "more") <= 1
+    assert factor(amount, scale, "any") == 1
 
 
 def test_outcome_pays_for_right_answers_whatever_the_calls():
@@ -169,3 +363,80 @@ def test_outcome_pays_for_right_answers_whatever_the_calls():
 )
 def test_format_reward_pays_search_r1s_six_cases(right, answered, valid, retrieved, value):
     assert format_score(right, answered, valid, retrieved, 0.2, 0.1, 0.1) == pytest.approx(value)
+
+
+# -- Search-R1's state machine -----------------------------------------------------------------------------
+
+TEXT = r"(?:(?!</?(?:think|search|information|answer)>).)*"  # no tag in it
+WELL_FORMED = re.compile(
+    rf"\s*<think>{TEXT}</think>\s*"
+    rf"(?:<search>{TEXT}</search>\s*<information>{TEXT}</information>\s*<think>{TEXT}</think>\s*)*"
+    rf"<answer>{TEXT}</answer>",
+    re.DOTALL,
+)
+TAGS = [f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/")]
+GOOD_TURN = "<think> a </think>\n<search> b </search>\n\n<information> c </information>\n\n"
+
+
+@given(
+    st.lists(st.sampled_from(TAGS), max_size=4),
+    st.integers(0, 2),
+    st.lists(st.tuples(st.integers(0, 40), st.sampled_from([*TAGS, "x", " ", "<b>"])), max_size=2),
+)
+def test_the_state_machine_accepts_the_same_language_as_a_regular_expression(tail, turns, insertions):
+    pieces = re.findall(r"<[^>]*>|[^<]+", turns * GOOD_TURN + "<think> d </think> <answer> e </answer>") + tail
+    for place, piece in insertions:
+        pieces.insert(place % (len(pieces) + 1), piece)
+    response = "".join(pieces)
+    looked_at = response[: response.rfind("</answer>") + len("</answer>")] if "</answer>" in response else response
+    assert (fault(response) is None) == bool(WELL_FORMED.fullmatch(looked_at))
+
+
+@pytest.mark.parametrize(
+    ("response", "why"),
+    [
+        (2 * GOOD_TURN + "<think> d </think> <answer> e </answer>.", None),
+        ("<think> d </think> <answer> e </answer>", None),
+        ("<answer> e </answer>", "<answer> comes first"),
+        ("so <think> d </think><answer> e </answer>", "'so' stands between tags"),
+        ("<think> d </think><think> d </think><answer> e </answer>", "<think> after </think>"),
+        ("<think> d <search> b </search></think><answer> e </answer>", "<search> inside <think>"),
+        ("<think> d </search><answer> e </answer>", "</search> closes <think>"),
+        ("<think> d </think></search><answer> e </answer>", "</search> closes nothing"),
+        ("<think> d </think><search> b </search><answer> e </answer>", "<answer> after </search>"),
+        ("<think> d </think><answer> e", "it does not end with an answer"),
+        ("", "it does not end with an answer"),
+    ],
+)  # fmt: skip
+def test_a_fault_says_where_the_format_is_left(response, why):
+    assert fault(response) == why
+
+
+def test_the_tags_are_those_of_the_dialect():
+    response = "<think>a</think><python>b</python> <observation>c</observation> <think>d</think><answer>e</answer>"
+    assert fault(response, calls=["search", "python"], result="observation") is None
+    assert fault(response) is not None
+
+
+def format_reward(**other) -> FormatReward:
+    settings = {"structure": 0.2, "final": 0.1, "retrieval": 0.1, "rules": "sequence"}
+    return FormatReward(**{"correct": correct, "calls": ["search"], "result": "information"} | settings | other)
+
+
+def test_a_format_reward_judges_the_response_by_the_state_machine_or_by_the_dialect():
+    sound = replace(trajectory(), response="<think> d </think> <answer> paris </answer>")
+    broken = replace(trajectory(violations=("2 answers",)), response="paris <answer> paris </answer>")
+    assert values(format_reward(), [sound, broken]) == [[1.0, 0.8]]
+    swapped = [replace(sound, violations=("2 answers",)), replace(broken, violations=())]
+    assert values(format_reward(rules="dialect"), swapped) == [[0.8, 1.0]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "seen", "value"), [("US", "a business", 0.2), ("US", "the US.", 0.3), ("The", "x", 0.2)]
+)
+def test_what_was_retrieved_is_looked_for_in_whole_words(answer, seen, value):
+    t = trajectory(right=False, of=problem(answer=answer))
+    t = replace(
+        t, response="<think> d </think> <answer> x </answer>", tool_calls=(ToolCall("search", "q", seen, Outcome.OK),)
+    )
+    assert values(format_reward(), [t])[0] == pytest.approx([value])

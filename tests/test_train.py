@@ -158,10 +158,12 @@ class Right:
         self.asked += map(list, trajectories_PG)
         return [[Reward(float(t.answer == "paris"), {"correct": 1.0}) for t in group] for group in trajectories_PG]
 
-    def state_dict(self) -> dict[str, int]:
+    needs_groups = False
+
+    def state_dict(self) -> dict[str, float]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, float]) -> None: ...
 
 
 DOWN = trajectory(outcomes=(Outcome.INFRA_ERROR,), stop=Stop.VOID)

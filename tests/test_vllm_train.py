@@ -19,7 +19,7 @@ SMALL = [
     "model.width=64", "model.heads=2", "model.ff_width=64", "sft.steps=80", "sft.batch_size=30",
     "sft.optimizer.warmup_steps=2", "loop.steps=3", "loop.problems_per_step=6", "loop.checkpoint_every=2",
     "loop.keep_checkpoints=9", "loop.transcripts_every=1", "rollout.group_size=4", "evaluate.sampled=false",
-    "evaluate.before=false", "reward=format", "learner.old_logprobs=recompute",
+    "evaluate.before=false", "reward=format", "reward.rules=dialect", "learner.old_logprobs=recompute",
 ]  # fmt: skip
 
 

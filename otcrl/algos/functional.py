@@ -46,22 +46,69 @@ def group_advantages(
     return advantages_B.to(rewards_B.dtype)
 
 
+def leave_one_out(rewards_B: Tensor, group_ids_B: Tensor) -> Tensor:
+    """RLOO, arXiv:2402.14740 Sec. 2.2:  A_i = r_i - mean of the others = G / (G - 1) (r_i - mean(r)).  Returns [B].
+
+    The baseline does not depend on r_i, so the gradient is that of the expected reward, and not (G - 1) / G of it.
+    A lone trajectory: 0.
+    """
+    size_B = (group_ids_B[:, None] == group_ids_B).sum(1)
+    return group_advantages(rewards_B, group_ids_B, normalize=False) * size_B / (size_B - 1).clamp(min=1)
+
+
+def mean_normalized(rewards_B: Tensor, group_ids_B: Tensor) -> Tensor:
+    """MaxRL, arXiv:2602.02710:  A_i = (r_i - mean(r)) / mean(r), for rewards of 0 or more.  Returns [B].
+
+    With rewards 0 and 1 the expected gradient is that of log p cut off after G - 1 terms of its series
+    -sum_k (1 - p)^k / k, p being the chance to be right: rare success weighs more. A group without success: 0.
+    """
+    centred_B = group_advantages(rewards_B, group_ids_B, normalize=False)
+    return torch.where(centred_B == 0, 0.0, centred_B / (rewards_B - centred_B))
+
+
+def sign_kept(advantages_B: Tensor, rewards_B: Tensor) -> Tensor:
+    """No trajectory with a reward above 0 is pushed down, however it compares with its group.  Returns [B]."""
+    return torch.where(rewards_B > 0, advantages_B.clamp(min=0), advantages_B)
+
+
 def whiten(values_BT: Tensor, mask_BT: Tensor, eps: float = 1e-8) -> Tensor:
     """Mean 0 and standard deviation 1 over the action tokens; 0 off them.
 
-    Fewer than two actions have no spread: they are only centred.
+    Equal values have no spread: exactly 0, as in `group_advantages`.
     """
-    actions = values_BT[mask_BT]
-    if actions.numel() == 0:
+    actions = values_BT[mask_BT].double()
+    if actions.numel() == 0 or bool((actions == actions[0]).all()):
         return torch.zeros_like(values_BT)
-    scale = actions.std() + eps if actions.numel() > 1 else 1.0
-    return torch.where(mask_BT, (values_BT - actions.mean()) / scale, 0.0)
+    whitened_BT = (values_BT.double() - actions.mean()) / (actions.std() + eps)
+    return torch.where(mask_BT, whitened_BT, 0.0).to(values_BT.dtype)
+
+
+def row_sum(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """At every token the sum over its row's action tokens: of log-probs, that of the trajectory."""
+    return torch.where(mask_BT, values_BT, 0.0).sum(1, keepdim=True).expand_as(values_BT)
+
+
+def row_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """At every token the mean over its row's action tokens; 0 in a row without any.
+
+    exp(row_mean(log pi) - row_mean(log pi_old)) is GSPO's ratio, arXiv:2507.18071 Eq. 7.
+    """
+    return row_sum(values_BT, mask_BT) / mask_BT.sum(1, keepdim=True).clamp(min=1)
 
 
 def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
     """PPO, arXiv:1707.06347 Eq. 7, negated:  -min(w A, clip(w, 1 - low, 1 + high) A),  w = pi / pi_old."""
     ratio = (logprobs - old_logprobs).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+def clipped_weight(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """CISPO, arXiv:2506.13585 Eq. 4 and 5, negated:  -sg(clip(w, 1 - low, 1 + high)) A log pi,  w = pi / pi_old.
+
+    sg stops the gradient, so a clipped token still has one, only with a bounded weight. The value means nothing.
+    """
+    weight = (logprobs - old_logprobs).exp().clamp(1 - low, 1 + high).detach()
+    return -weight * advantages * logprobs
 
 
 def clip_fraction(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
@@ -81,24 +128,34 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return logprobs - ref_logprobs
 
 
+def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """The k2 estimate, joschu.net/blog/kl-approx.html:  0.5 log(pi / ref)^2; on-policy its gradient is the KL's."""
+    return 0.5 * (logprobs - ref_logprobs) ** 2
+
+
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """The k3 estimate of KL(pi || ref), GRPO Eq. 4:  ref/pi - log(ref/pi) - 1  >= 0."""
     gap = ref_logprobs - logprobs
     return gap.exp() - gap - 1
 
 
-def token_weights(mask_BT: Tensor, weighting: str) -> Tensor:
-    """Weights that sum to 1, so a loss is always `(weights_BT * loss_BT).sum()`.
+def token_weights(mask_BT: Tensor, weighting: str | int) -> Tensor:
+    """Weights of the tokens, so that a loss is always `(weights_BT * loss_BT).sum()`.
 
-    "token":    every action token counts the same.
-    "sequence": every trajectory with an action counts the same, whatever its length (GRPO Eq. 3).
+    "token":    every action token counts the same; they sum to 1 (DAPO Eq. 8).
+    "sequence": every trajectory with an action counts the same, whatever its length; they sum to 1 (GRPO Eq. 3).
+    a number:   every action token counts 1 / (trajectories with an action * number), whatever the lengths: they sum
+                to mean length / number (Dr. GRPO).
     """
     mask_BT = mask_BT.float()
     lengths_B1 = mask_BT.sum(1, keepdim=True)
+    rows = (lengths_B1 > 0).sum().clamp(min=1)
     if weighting == "token":
         return mask_BT / lengths_B1.sum().clamp(min=1)
     if weighting == "sequence":
-        return mask_BT / lengths_B1.clamp(min=1) / (lengths_B1 > 0).sum().clamp(min=1)
+        return mask_BT / lengths_B1.clamp(min=1) / rows
+    if isinstance(weighting, int):
+        return mask_BT / rows / weighting
     raise ValueError(f"weighting must be 'token' or 'sequence', got {weighting!r}")
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from otcrl.algos import functional as F
+from otcrl.algos.parts import check_at_least_zero, critic_free
 from otcrl.types import Batch, Forward, Scores, Targets, TokenLoss
 
 
@@ -24,11 +22,10 @@ class GRPO:
     weighting: Literal["token", "sequence"]
 
     def __post_init__(self) -> None:
-        for name in ("std_floor", "clip_low", "clip_high", "kl_coef", "entropy_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        check_at_least_zero(self, "std_floor", "clip_low", "clip_high", "kl_coef", "entropy_coef")
 
     needs_critic = False
+    needs_groups = True
 
     @property
     def needs_reference(self) -> bool:
@@ -46,10 +43,9 @@ class GRPO:
         advantages_B = F.group_advantages(
             batch.rewards, batch.group_ids, normalize=self.normalize, std_floor=self.std_floor
         )
-        if self.keep_sign:  # a right answer is never pushed down, however many calls it took
-            advantages_B = torch.where(batch.rewards > 0, advantages_B.clamp(min=0), advantages_B)
-        advantages_BT = advantages_B[:, None] * batch.action_mask
-        return Targets(advantages=advantages_BT, returns=torch.zeros_like(advantages_BT))
+        if self.keep_sign:
+            advantages_B = F.sign_kept(advantages_B, batch.rewards)
+        return critic_free(advantages_B, batch.action_mask)
 
     def token_loss(self, new: Forward, batch: Batch, scores: Scores, targets: Targets) -> TokenLoss:
         span = (new.logprobs, scores.old_logprobs, targets.advantages, self.clip_low, self.clip_high)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 from otcrl.algos import functional as F
+from otcrl.algos.parts import check_at_least_zero
 from otcrl.types import Batch, Forward, Scores, Targets, TokenLoss
 
 
@@ -24,14 +24,14 @@ class PPO:
     weighting: Literal["token", "sequence"]
 
     def __post_init__(self) -> None:
-        for name in ("clip_low", "clip_high", "value_clip", "value_coef", "kl_reward_coef", "kl_coef", "entropy_coef"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        check_at_least_zero(self, "clip_low", "clip_high", "value_clip", "value_coef")
+        check_at_least_zero(self, "kl_reward_coef", "kl_coef", "entropy_coef")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
 
     needs_critic = True
+    needs_groups = False
     only_advantages_matter = False  # the value loss speaks about every row
 
     @property

@@ -1,10 +1,16 @@
-"""Search-R1's format reward (arXiv:2505.15117; qa_em_format.py): six cases, from right to nothing."""
+"""Search-R1's format reward (arXiv:2505.15117; qa_em_format.py): a state machine and six cases, from right to nothing.
+
+This is its v0.3. Its v0.2, exact match alone, is `reward=outcome` with require_well_formed=false.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from otcrl.rewards.matching import mentions
 from otcrl.rewards.outcome import Correct
 from otcrl.types import Reward, Trajectory
 
@@ -21,30 +27,69 @@ def format_score(
     return final if answered else 0.0
 
 
+def fault(response: str, calls: Sequence[str] = ("search",), result: str = "information") -> str | None:
+    """Where a response leaves  think (call result think)* answer;  None where it does not.
+
+    Between the tags only white space may stand, and no tag inside another. What follows the last </answer> is not
+    looked at: the token that ended the completion may hold more than the tag.
+    """
+    after = {"": ("think",), "think": (*calls, "answer"), result: ("think",), "answer": ()}
+    after |= dict.fromkeys(calls, (result,))
+    head, closing, _ = response.rpartition("</answer>")
+    names = "|".join(re.escape(name) for name in after if name)
+    pieces = re.split(rf"(</?(?:{names})>)", head + closing)  # text, tag, text, tag, ..., text
+    opened, closed = "", ""  # the tag that is open, and the one that was closed last
+    for text, tag in zip(pieces[::2], [*pieces[1::2], ""], strict=True):
+        name = tag.strip("</>")
+        if text.strip() and not opened:
+            return f"{text.strip()[:60]!r} stands between tags"
+        if tag.startswith("</"):
+            if name != opened:
+                return f"{tag} closes {f'<{opened}>' if opened else 'nothing'}"
+            opened, closed = "", name
+        elif tag:
+            if opened or name not in after[closed]:
+                return f"{tag} {f'inside <{opened}>' if opened else f'after </{closed}>' if closed else 'comes first'}"
+            opened = name
+    return None if closed == "answer" and not opened else "it does not end with an answer"
+
+
 @dataclass(frozen=True, kw_only=True)
 class FormatReward:
     correct: Correct
     structure: float  # lambda_s
     final: float  # lambda_f
     retrieval: float  # lambda_r: a gold answer stands in an observation
+    rules: Literal["sequence", "dialect"]
+    calls: Sequence[str]
+    result: str
 
     wired = frozenset({"correct"})
+    needs_groups = False
 
     def __call__(self, trajectories_PG: Sequence[Sequence[Trajectory]]) -> list[list[Reward]]:
         return [[self._score(t) for t in group] for group in trajectories_PG]
 
     def _score(self, t: Trajectory) -> Reward:
         right = 0.0 if t.answer is None else self.correct(t.answer, t.problem)
-        seen = " ".join(call.result for call in t.tool_calls).lower()
-        retrieved = any(answer.lower() in seen for answer in t.problem.answers)
-        valid = not t.violations and t.answer is not None
-        value = format_score(
-            right >= 1, t.answer is not None, valid, retrieved, self.structure, self.final, self.retrieval
+        # whole words; the original takes any substring: "us" stands in "business", and "" (of "The") everywhere
+        retrieved = any(mentions(call.result, answer) for call in t.tool_calls for answer in t.problem.answers)
+        well_formed = (
+            not t.violations if self.rules == "dialect" else fault(t.response, self.calls, self.result) is None
         )
-        return Reward(value, {"correct": right, "well_formed": float(not t.violations), "retrieved": float(retrieved)})
+        value = format_score(
+            right >= 1,
+            t.answer is not None,
+            well_formed and t.answer is not None,
+            retrieved,
+            self.structure,
+            self.final,
+            self.retrieval,
+        )
+        return Reward(value, {"correct": right, "well_formed": float(well_formed), "retrieved": float(retrieved)})
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, float]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         assert not state, f"a format reward has no state, got {len(state)} entries"

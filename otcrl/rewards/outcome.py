@@ -37,6 +37,7 @@ class OutcomeReward:
     require_well_formed: bool
 
     wired = frozenset({"correct"})
+    needs_groups = False
 
     def __call__(self, trajectories_PG: Sequence[Sequence[Trajectory]]) -> list[list[Reward]]:
         return [[self._score(t) for t in group] for group in trajectories_PG]
@@ -46,8 +47,8 @@ class OutcomeReward:
         right = phi.r_correct(t)
         return Reward(right + phi.r_format(t), {"correct": right, "well_formed": float(not t.violations)})
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, float]:
         return {}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
         assert not state, f"an outcome reward has no state, got {len(state)} entries"
