@@ -156,7 +156,7 @@ def build_world(cfg: Config, *, weights: bool = True) -> World:
     sft = construct_as(Sft, cfg["sft"], "sft")
     source = construct(cfg["model"], "model")
     model, tokenizer = source.load(words, cfg["seed"]) if weights else (None, source.load_tokenizer(words))
-    check_dialect(dialect, tokenizer, tools)
+    check_dialect(dialect, task, tokenizer, tools)
     return World(task=task, tools=tools, dialect=dialect, weights=model, tokenizer=tokenizer, sft=sft)
 
 
@@ -290,8 +290,13 @@ def check_names(cfg: Config) -> None:
         raise ConfigError(f"seed must be at least 0 and below 2**32, got {cfg['seed']}")
 
 
-def check_dialect(dialect: Dialect, tokenizer: Tokenizer, tools: Mapping[str, Tool]) -> None:
-    """Raises ConfigError when the tokenizer cannot write the dialect, or the dialect cannot use the tools."""
+def check_dialect(dialect: Dialect, task: Task, tokenizer: Tokenizer, tools: Mapping[str, Tool]) -> None:
+    """Raises ConfigError when the task needs another dialect, or it cannot be written or cannot use the tools."""
+    imitates = getattr(dialect, "calls", "run") == "imitate"
+    if imitates != getattr(task, "imitates", False):
+        what = "compares a whole turn" if not imitates else "is not about calls to imitate"
+        fix = "dialect=toolrl, or dialect=hermes dialect.calls=imitate" if not imitates else "dialect.calls=run"
+        raise ConfigError(f"the task {what}: use {fix}")
     openings = (dialect.open_call(tool) for tool in tools)
     for text in (*dialect.stop(tools), *openings, dialect.open_answer()):
         if "".join(text.split()) not in "".join(tokenizer.decode(tokenizer.encode(text)).split()):

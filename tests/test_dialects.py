@@ -21,6 +21,7 @@ from otcrl.dialects.toolrl import ToolRL
 from otcrl.dialects.torl import ToRL, boxed
 from otcrl.errors import ConfigError, DataError
 from otcrl.protocols import Answer, Call, Calls, Chat, Dialect, Malformed, Message, Nothing, ToolResult
+from otcrl.tasks.question_answering import QuestionAnswering
 from otcrl.types import Problem
 from tests.tiny import tiny_tokenizer
 
@@ -48,6 +49,7 @@ TAGS = SearchR1(
     require_think=False,
 )
 FENCES = ToRL(instructions="Solve: {question}")
+TASK = QuestionAnswering()
 CODE = ReTool(instructions="Solve: {question}", tool="python")
 HERMES = Hermes(
     system=None, instructions="{question}", answer="tag", calls="run", allow_rewriting=False, tools=TOOLS
@@ -134,12 +136,12 @@ def test_every_result_of_a_turn_is_shown_in_its_order(dialect: Dialect):
 def test_a_tokenizer_that_cannot_write_the_dialect_is_refused(dialect: Dialect):
     tools = {"python": TOOLS["python"]}
     if dialect is not HERMES:
-        check_dialect(dialect, tiny_tokenizer(), tools)
+        check_dialect(dialect, TASK, tiny_tokenizer(), tools)
     letters = tiny_tokenizer()
     assert isinstance(letters.hf, PreTrainedTokenizerFast)
     letters.hf.backend_tokenizer.normalizer = Replace(Regex("[<`\\\\]"), "")
     with pytest.raises(DataError, match="the tokenizer has no tokens for '"):
-        check_dialect(dialect, letters, tools)
+        check_dialect(dialect, TASK, letters, tools)
 
 
 # -- Search-R1 --------------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ def test_thinking_first_is_demanded_only_when_asked_for():
 
 def test_a_tool_whose_name_can_be_no_tag_is_refused():
     with pytest.raises(ConfigError, match=r"dialect: .* <my\.tool> can be none: use dialect=hermes"):
-        check_dialect(TAGS, tiny_tokenizer(), {"my.tool": Echo("my.tool")})
+        check_dialect(TAGS, TASK, tiny_tokenizer(), {"my.tool": Echo("my.tool")})
 
 
 # -- ToRL -------------------------------------------------------------------------------------------------
@@ -285,7 +287,7 @@ def test_retool_shows_a_result_as_its_interpreter_and_names_what_breaks_its_form
 )
 def test_retool_has_one_tool(tools: dict, why: str):
     with pytest.raises(ConfigError) as caught:
-        check_dialect(CODE, tiny_tokenizer(), tools)
+        check_dialect(CODE, TASK, tiny_tokenizer(), tools)
     assert why in str(caught.value)
 
 

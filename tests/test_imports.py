@@ -21,7 +21,7 @@ LAYERS = (
     ("algos", "rewards", "rollout", "tools", "tasks", "dialects", "models"),
     ("learner",),
     ("train", "sft", "evaluate", "experiment", "plan", "report"),
-    ("build", "serve", "indexing"),
+    ("build", "serve", "indexing", "data"),
     ("cli",),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -38,6 +38,7 @@ DOORS = {  # only these files import it
     "pydantic": ("construct.py", *SERVERS),
     "fastapi": SERVERS,
     "httpx": ("tools/remote.py",),
+    "mcp": ("tools/mcp.py",),
 }
 LAZY = {"torch", "transformers", "vllm", "deepspeed", "faiss", "bm25s", "datasets", "wandb", "gguf", "math_verify"}
 

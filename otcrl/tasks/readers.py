@@ -222,6 +222,10 @@ def bfcl(row: Row) -> Record:
     accepted = row.get("ground_truth")
     if accepted is None and "relevance" not in kind:
         raise Wrong("ground_truth", "a list of calls, joined in from possible_answer/ by id", None)
+    for each in _list(accepted or [], "ground_truth"):
+        values = list(_mapping(each, "ground_truth").values())
+        if len(values) != 1 or not all(isinstance(v, list) for v in _mapping(values[0], "ground_truth").values()):
+            raise Wrong("ground_truth", "calls {name: {argument: [accepted values]}}", each)
     meta = {
         "messages": [{"role": str(m.get("role")), "content": str(m.get("content"))} for m in messages],
         "functions": functions,

@@ -48,7 +48,7 @@ def read_problems(
     that are no problem are left out, and their number logged, only where the caller asks for it.
     """
     name, split = source_and_split(source)
-    read = read_records(source, skip_bad_rows, reader)
+    read = records(read_rows(source), source, skip_bad_rows, reader)
     problems = [to_problem(record, row, name, split, position, where) for position, where, row, record in read]
     if not problems:
         raise DataError(f"{source} holds no problem.")
@@ -56,16 +56,16 @@ def read_problems(
     return problems if limit is None else _subset(problems, limit, f"{seed}/{name}/{split}")
 
 
-def read_records(
-    source: str, skip_bad_rows: bool = False, reader: str = "auto"
+def records(
+    rows: Iterable[Row], source: str, skip_bad_rows: bool = False, reader: str = "auto"
 ) -> Iterator[tuple[int, str, Row, Record]]:
-    """(place, `file, row 7`, the row, what it says) for every row; the first row decides between the readers.
+    """(place, `source, row 7`, the row, what it says) for every row; the first row decides between the readers.
 
     A reader whose published files repeat rows gives each of them once.
     """
     chosen, bad, num_rows, repeated = None, list[str](), 0, 0
     seen: set[tuple[object, ...]] = set()
-    for position, row in enumerate(read_rows(source)):
+    for position, row in enumerate(rows):
         where, num_rows = f"{source}, row {position + 1}", position + 1
         try:
             chosen = chosen or choose(reader, row)
@@ -237,17 +237,22 @@ def _parquet_rows(path: Path) -> Iterator[object]:
 
 def _hub_rows(source: str) -> Iterator[object]:
     """A hub data set, or a local folder that `datasets` can read; the split is `train` unless named."""
+    match = _HUB_NAME.fullmatch(source)
+    name, split = (match["name"], match["split"] or "train") if match else (source, "train")
+    return hub_rows(name, None, split)
+
+
+def hub_rows(name: str, config: str | None, split: str) -> Iterator[object]:
+    """The rows of one split of a hub data set, in the variant `config` where it has several. Raises DataError."""
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError(f"{source} is no file, and a hub data set needs: pip install 'otcrl[data]'") from error
-    match = _HUB_NAME.fullmatch(source)
-    name, split = (match["name"], match["split"] or "train") if match else (source, "train")
+        raise ConfigError(f"{name} is no file, and a hub data set needs: pip install 'otcrl[data]'") from error
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library and its HTTP clients raise a dozen unrelated kinds; none is lost
         raise DataError(
-            f"there is no file {source}, and the hub data set {name!r}, split {split!r}, could not be downloaded: "
+            f"there is no file {name}, and the hub data set {name!r}, split {split!r}, could not be downloaded: "
             f"{type(error).__name__}: {error}"
         ) from error
     return iter(loaded)
