@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from otcrl.tasks.records import SUFFIXES, check_unique, hub_rows, read_rows, rec
 from otcrl.types import Problem
 
 SETTINGS = ("out", "from", "max", "skip_bad_rows")
-TESTS = ("test", "dev", "val")  # what the names of files to evaluate on have in them
+TESTS = {"test", "dev", "val", "validation"}  # what the names of files to evaluate on have in them
 
 
 def run(words: Sequence[str]) -> int:
@@ -84,11 +85,11 @@ def split_of(name: str) -> str:
     >>> split_of("hotpot_dev_distractor_v1.json"), split_of("BFCL_v4_parallel.json")
     ('test', 'BFCL_v4_parallel')
     """
-    stem = name.split(".")[0]
-    words = stem.lower().replace("-", "_").split("_")
+    stem = next((name.removesuffix(each) for each in sorted(SUFFIXES, key=len)[::-1] if name.endswith(each)), name)
+    words = re.split(r"\W|_", stem.lower())
     if "train" in words:
         return "train"
-    return "test" if any(word.startswith(TESTS) for word in words) else stem
+    return "test" if TESTS & set(words) else stem
 
 
 def write(

@@ -19,7 +19,6 @@ from otcrl.types import Problem
 
 END = "</response>"
 RESPONSE = re.compile(r"<response>(.*?)</response>", re.DOTALL)
-FIELDS = ("think", "tool_call", "response")
 WHOLE = re.compile(r"\s*<think>.*?</think>\s*(<tool_call>.*?</tool_call>)?\s*(<response>.*?</response>)?\s*", re.DOTALL)
 HISTORY = "**Dialogue Records History**\n"
 
@@ -76,13 +75,15 @@ class ToolRL:
     def violations(self, sampled_turns: Sequence[str], tools: Mapping[str, Tool]) -> tuple[str, ...]:
         found: list[str] = []
         for turn in sampled_turns:
+            said = turn.rpartition("</think>")[2]
             if "<obs>" in turn:
                 found.append("the policy wrote <obs> itself")
-            found += [f"{n} times <{name}>" for name in FIELDS if (n := turn.count(f"<{name}>")) > 1]
+            found += [f"{n} times <think>"] if (n := turn.count("<think>")) > 1 else []
+            found += [f"{n} times <{name}>" for name in ("tool_call", "response") if (n := said.count(f"<{name}>")) > 1]
             whole = WHOLE.fullmatch(turn)
             if whole is None or not any(whole.groups()):
                 found.append("a turn is not <think>, then <tool_call>, <response> or both")
-            found += [call.why for call in read(turn.rpartition("</think>")[2]) if isinstance(call, Malformed)]
+            found += [call.why for call in read(said) if isinstance(call, Malformed)]
         return tuple(dict.fromkeys(found))
 
     def write_call(self, tool: str, arguments: str) -> str:

@@ -22,12 +22,7 @@ def same_calls(turn: str, gold: str) -> float:
     calls, wanted = calls_of(turn), calls_of(gold)
     if calls is None or wanted is None or len(calls) != len(wanted):
         return 0.0
-    rest = list(wanted)
-    for call in calls:
-        if not (twin := next((each for each in rest if _equal(call, each)), None)):
-            return 0.0
-        rest.remove(twin)
-    return 1.0
+    return float(_assignable([[_equal(call, each) for each in wanted] for call in calls]))
 
 
 def _equal(call: Written, wanted: Written) -> bool:
