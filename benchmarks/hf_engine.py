@@ -26,6 +26,7 @@ import torch
 from common import Row, publish
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from otcrl.protocols import Chat, Text
 from otcrl.rollout.hf_engine import HFEngine
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,20 +39,24 @@ class Endless:
 
     hf: PreTrainedTokenizerBase
     pad_id: int = 0
+    end_id: int = 0
     stop_ids: frozenset[int] = frozenset()
 
     @property
     def vocab_size(self) -> int:
         return len(self.hf)
 
-    def encode(self, text: str) -> list[int]:
-        return self.hf.encode(text, add_special_tokens=False)
+    def encode(self, text: Text) -> list[int]:
+        return self.hf.encode(str(text), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.hf.decode(list(ids)))
 
-    def prompt_ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: Text) -> list[int]:
         return self.encode(prompt)
+
+    def rewrites(self, reply: Chat) -> str:
+        return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from otcrl.models.tokenizer import HFTokenizer
-from otcrl.protocols import Call, Completion, Demo, Dialect, Engine, Tool, ToolResult
+from otcrl.protocols import Call, Completion, Demo, Dialect, Engine, Tokenizer, Tool, ToolResult
 from otcrl.rollout.loop import Limits, Player
 from otcrl.types import Problem, Reward, Trajectory
 
@@ -62,6 +62,8 @@ class EveryTurnCalls:
     def ends_with_stop_token(self) -> bool:
         return False
 
+    def check(self, tokenizer: Tokenizer, tools: Mapping[str, Tool]) -> None: ...
+
     def stop(self, tools: Mapping[str, Tool]) -> Sequence[str]:
         return ()
 
@@ -71,8 +73,8 @@ class EveryTurnCalls:
     def parse(self, text: str, tools: Mapping[str, Tool]) -> Call:
         return Call(self.tool, text)
 
-    def observation(self, result: str) -> str:
-        return f"<tool_response>\n{result}\n</tool_response>\n"
+    def observation(self, *results: str) -> str:
+        return "".join(f"<tool_response>\n{result}\n</tool_response>\n" for result in results)
 
     def violations(self, sampled_turns: Sequence[str], tools: Mapping[str, Tool]) -> tuple[str, ...]:
         return ()

@@ -30,7 +30,18 @@ from otcrl.loggers.jsonl import JsonlLogger, whole_lines
 from otcrl.loggers.progress import Bars
 from otcrl.models.critic import Critic
 from otcrl.presets import conf_dir
-from otcrl.protocols import Algorithm, Dialect, Engine, Logger, Malformed, RewardFn, Task, Tool
+from otcrl.protocols import (
+    Algorithm,
+    Calls,
+    Dialect,
+    Engine,
+    Logger,
+    Malformed,
+    RewardFn,
+    Task,
+    Tokenizer,
+    Tool,
+)
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Limits, Player
 from otcrl.rollout.schedule import Rollouts, Schedule
@@ -162,13 +173,11 @@ def build_world(cfg: Config, *, weights: bool = True) -> World:
         tool = construct(section, f"tools.{name}", passages=own)
         tools[tool.name] = tool
     words = task.words() if hasattr(task, "words") else ()
-    dialect = construct(cfg["dialect"], "dialect")
+    dialect = construct(cfg["dialect"], "dialect", tools=tools)
     sft = construct_as(Sft, cfg["sft"], "sft")
     source = construct(cfg["model"], "model")
     model, tokenizer = source.load(words, cfg["seed"]) if weights else (None, source.load_tokenizer(words))
-    for stop in dialect.stop(tools):
-        if stop not in tokenizer.decode(tokenizer.encode(stop)):
-            raise DataError(f"the tokenizer has no tokens for {stop!r}, which the dialect needs")
+    check_dialect(dialect, task, tokenizer, tools)
     return World(task=task, tools=tools, dialect=dialect, weights=model, tokenizer=tokenizer, sft=sft)
 
 
@@ -332,6 +341,23 @@ def check_group_size(size: int, algo: Algorithm, reward: RewardFn) -> None:
             )
 
 
+def check_dialect(dialect: Dialect, task: Task, tokenizer: Tokenizer, tools: Mapping[str, Tool]) -> None:
+    """Raises ConfigError when the task needs another dialect, or it cannot be written or cannot use the tools."""
+    imitates = getattr(dialect, "calls", "run") == "imitate"
+    if imitates != getattr(task, "imitates", False):
+        what = "compares a whole turn" if not imitates else "is not about calls to imitate"
+        fix = "dialect=toolrl, or dialect=hermes dialect.calls=imitate" if not imitates else "dialect.calls=run"
+        raise ConfigError(f"the task {what}: use {fix}")
+    openings = (dialect.open_call(tool) for tool in tools)
+    for text in (*dialect.stop(tools), *openings, dialect.open_answer()):
+        if "".join(text.split()) not in "".join(tokenizer.decode(tokenizer.encode(text)).split()):
+            raise DataError(f"the tokenizer has no tokens for {text!r}, which the dialect needs")
+    try:
+        dialect.check(tokenizer, tools)
+    except ConfigError as error:
+        raise type(error)(f"dialect: {error}") from error
+
+
 def check_questions(player: Player, task: Task, loop: Loop) -> None:
     """Raises DataError for a prompt that is empty or too long, and ConfigError when there is nothing to ask."""
     asked = task.sample(0, min(loop.steps * loop.problems_per_step, MOST_CHECKED))
@@ -349,9 +375,10 @@ def check_demonstrations(world: World) -> None:
     for demo in world.task.demonstrations(0, sft.batch_size, world.dialect):
         for segment, following in pairwise(demo):
             if segment.is_action and not following.is_action:
-                match world.dialect.parse(segment.text, world.tools):
-                    case Malformed(why):
-                        raise ConfigError(f"sft: a demonstration holds a call that cannot be made. {why}")
+                action = world.dialect.parse(segment.text, world.tools)
+                for call in action.calls if isinstance(action, Calls) else [action]:
+                    if isinstance(call, Malformed):
+                        raise ConfigError(f"sft: a demonstration holds a call that cannot be made. {call.why}")
 
 
 async def closing(work: Any, world: World, engine: Engine) -> None:

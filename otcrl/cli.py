@@ -198,6 +198,12 @@ def index(settings: list[str], flags: frozenset[str]) -> int:
     return run(settings)
 
 
+def data(settings: list[str], flags: frozenset[str]) -> int:
+    from otcrl.data import run
+
+    return run(settings)
+
+
 def models(settings: list[str], flags: frozenset[str]) -> int:
     name, *rest = settings or [""]
     if name != "smollm2":
@@ -294,6 +300,21 @@ COMMANDS = {
             "otcrl index import vectors=e5_Flat.index corpus=wiki-18.jsonl out=indexes/wiki18 encoder=e5-base-v2",
         ),
         index,
+        {},
+        lists_presets=False,
+    ),
+    "data": Command(
+        "published data sets as files that the tasks read, from the hub or from their own files",
+        "NAME[,NAME] out=DIR [from=FILE_OR_DIR] [max=ROWS_OF_EACH_SPLIT] [skip_bad_rows=true]\n"
+        "  questions:    nq triviaqa popqa hotpotqa 2wikimultihopqa musique bamboogle strategyqa search_r1\n"
+        "  mathematics:  gsm8k math500 aime24 aime25 dapo torl\n"
+        "  tool calls:   toolrl bfcl",
+        (
+            "otcrl data nq,hotpotqa out=data        # data/nq/train.jsonl.gz ... data/hotpotqa/corpus.jsonl.gz",
+            "otcrl data hotpotqa from=hotpot_dev_distractor_v1.json out=data",
+            "otcrl data bfcl from=bfcl_eval/data out=data skip_bad_rows=true",
+        ),
+        data,
         {},
         lists_presets=False,
     ),

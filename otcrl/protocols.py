@@ -40,18 +40,42 @@ class Task(Protocol):
         ...
 
 
+# -- how the policy writes and reads -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: str  # system, user, assistant or tool
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Messages, which the tokenizer's chat template writes. `str` gives their contents alone."""
+
+    messages: tuple[Message, ...]
+    functions: tuple[str, ...] = ()  # what the policy can call, each as JSON in OpenAI's form; the template shows them
+
+    def __str__(self) -> str:
+        return "\n\n".join(message.content for message in self.messages)
+
+
+Text = str | Chat  # what is said to the policy
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of a demonstration; only actions are trained on."""
+    """A piece of a demonstration; only actions are trained on, and they are plain text."""
 
-    text: str
+    said: Text
     is_action: bool
+
+    @property
+    def text(self) -> str:
+        return str(self.said)
 
 
 Demo = Sequence[Segment]  # the first segment is the prompt: `Tokenizer.prompt_ids` opens it, as in a rollout
-
-
-# -- how the policy writes and reads -------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +83,7 @@ class Call:
     """The policy asks for a tool."""
 
     tool: str
-    arguments: str
+    arguments: str  # text, or the JSON object of a tool that has `parameters`
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +101,26 @@ class Malformed:
 
 
 @dataclass(frozen=True, slots=True)
+class Calls:
+    """Several calls in one turn. They run in their order, and one observation has a result for each."""
+
+    calls: tuple[Call | Malformed, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Nothing:
     """Neither a call nor an answer, nor an attempt at one."""
 
 
-Action = Call | Answer | Malformed | Nothing
+Action = Call | Calls | Answer | Malformed | Nothing
 
 
 class Dialect(Protocol):
     """How the policy writes a call or an answer, and how it is shown a result.
 
     `prompt`, `observation`, `write_call`, `write_answer` make text; `parse` and `violations` read it.
-    Reading never changes tokens: a tag that ends inside a token leaves the whole token in place.
+    Reading never changes tokens: a tag that ends inside a token leaves the whole token in place, and the
+    token that ended the turn is not in the text that is read.
     """
 
     @property
@@ -96,20 +128,24 @@ class Dialect(Protocol):
         """True when an answer is over only at the end-of-text token, so demonstrations must show it."""
         ...
 
+    def check(self, tokenizer: Tokenizer, tools: Mapping[str, Tool]) -> None:
+        """Before a run: raises ConfigError when the dialect cannot be used with these tools or this chat template."""
+        ...
+
     def stop(self, tools: Mapping[str, Tool]) -> Sequence[str]:
         """Strings that end a completion, for the engine to watch for."""
         ...
 
-    def prompt(self, problem: Problem, tools: Mapping[str, Tool]) -> str:
-        """The text (or the user message, with a chat template) that opens a trajectory."""
+    def prompt(self, problem: Problem, tools: Mapping[str, Tool]) -> Text:
+        """What opens a trajectory; a plain text is the user's message where there is a chat template."""
         ...
 
     def parse(self, text: str, tools: Mapping[str, Tool]) -> Action:
         """What one completion asks for; `text` is sampled text only."""
         ...
 
-    def observation(self, result: str) -> str:
-        """The injected text that carries a tool's result, tags and white space included."""
+    def observation(self, *results: str) -> Text:
+        """What is injected to carry the results of a turn's calls, tags and white space included."""
         ...
 
     def violations(self, sampled_turns: Sequence[str], tools: Mapping[str, Tool]) -> tuple[str, ...]:
@@ -130,10 +166,12 @@ class Dialect(Protocol):
 
 
 class Tokenizer(Protocol):
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: Text) -> list[int]:
         """Ids of `text` as plain text: control tokens are neither added nor recognised in it.
 
-        A passage that spells out an end-of-turn token must not end the policy's turn.
+        A passage that spells out an end-of-turn token must not end the policy's turn. For a Chat: what the chat
+        template writes between the token that ended the policy's turn and its next one, around contents that are
+        plain text. Raises DataError when it cannot be written.
         """
         ...
 
@@ -141,12 +179,24 @@ class Tokenizer(Protocol):
         """Text of `ids`, special tokens kept, no clean-up of spaces."""
         ...
 
-    def prompt_ids(self, prompt: str) -> list[int]:
-        """Ids that open a trajectory: the chat template (or the start token) is applied here."""
+    def prompt_ids(self, prompt: Text) -> list[int]:
+        """Ids that open a trajectory: the chat template (or the start token) is applied here.
+
+        Raises DataError when the prompt cannot be written.
+        """
+        ...
+
+    def rewrites(self, reply: Chat) -> str:
+        """How the chat template would change what stands before `reply` once it is there; "" if it only appends."""
         ...
 
     @property
     def pad_id(self) -> int: ...
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends the policy's turn: the chat template's, else the end of the text."""
+        ...
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -169,7 +219,11 @@ class ToolResult:
 
 
 class Tool(Protocol):
-    """Something the policy can call. `name` is what the dialect writes."""
+    """Something the policy can call. `name` is what the dialect writes.
+
+    A tool takes one text, which dialects that write JSON call `argument` (its attribute, else "input"). One that
+    takes more than a text has `parameters` instead, the JSON schema of an object; `run` gets that object as JSON.
+    """
 
     @property
     def name(self) -> str: ...

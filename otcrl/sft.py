@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 
@@ -14,7 +15,7 @@ from otcrl.learner.backend import Backend
 from otcrl.learner.optimizer import Optimizer, check_precision
 from otcrl.learner.passes import idle_mask, passes
 from otcrl.models.reader import Reader
-from otcrl.protocols import Demo, Dialect, Task, Tokenizer
+from otcrl.protocols import Chat, Demo, Dialect, Task, Tokenizer
 from otcrl.types import Metrics
 
 Example = tuple[list[int], list[bool]]  # token ids [L], action mask [L]
@@ -83,14 +84,18 @@ def batch(step: int, tokenizer: Tokenizer, task: Task, dialect: Dialect, config:
 
 
 def encode(demo: Demo, tokenizer: Tokenizer, *, ends: bool) -> Example:
-    """Each segment encoded by itself, as in a rollout, where injected and sampled text never share a token."""
-    ids = tokenizer.prompt_ids(demo[0].text)
+    """Each segment encoded by itself, as in a rollout, where injected and sampled text never share a token.
+
+    A turn that is over only at the stop token shows it: before a chat template's messages, and (`ends`) at the end.
+    """
+    ids = tokenizer.prompt_ids(demo[0].said)
     mask = [False] * len(ids)
-    for segment in demo[1:]:
-        more = tokenizer.encode(segment.text)
+    for segment, following in zip_longest(demo[1:], demo[2:]):
+        more = tokenizer.encode(segment.said)
+        is_over = ends if following is None else isinstance(following.said, Chat)
+        if segment.is_action and is_over:
+            more = [*more, tokenizer.end_id]
         ids, mask = ids + more, mask + [segment.is_action] * len(more)
-    if ends:
-        ids, mask = [*ids, min(tokenizer.stop_ids)], [*mask, True]
     return ids, mask
 
 

@@ -260,7 +260,7 @@ DATA = {
     "a missing column": ("train.jsonl", '{"id": "a", "text": "Who?"}\n', ", row 1: there is no column 'question'."),
     "no rows": ("train.jsonl", "", " holds no rows."),
     "an empty question": ("train.jsonl", ROW + ROW.replace("Who?", " ").replace("a", "b"), "question must be a text"),
-    "the wrong suffix": ("train.csv", ROW, " must end in one of .jsonl, .jsonl.gz, .json, .parquet, got '.csv'"),
+    "the wrong suffix": ("train.csv", ROW, " must end in one of .jsonl, .jsonl.gz, .json, .parquet, .tsv, got '.csv'"),
     "too long for the context": (
         "train.jsonl",
         ROW + LONG,

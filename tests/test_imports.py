@@ -21,7 +21,7 @@ LAYERS = (
     ("algos", "rewards", "rollout", "tools", "tasks", "dialects", "models"),
     ("learner",),
     ("health", "train", "sft", "evaluate", "experiment", "plan", "report"),
-    ("build", "serve", "indexing"),
+    ("build", "serve", "indexing", "data"),
     ("cli",),
     ("__main__",),
 )
@@ -39,6 +39,7 @@ DOORS = {  # only these files import it
     "pydantic": ("construct.py", *SERVERS),
     "fastapi": SERVERS,
     "httpx": ("tools/remote.py",),
+    "mcp": ("tools/mcp.py",),
 }
 LAZY = {"torch", "transformers", "vllm", "deepspeed", "faiss", "bm25s", "datasets", "wandb", "gguf", "math_verify"}
 

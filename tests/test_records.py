@@ -154,8 +154,8 @@ def test_an_empty_data_set_is_an_error(tmp_path: Path, name: str) -> None:
     [
         ({"answers": []}, "at least one text"),
         ({"answers": [None]}, "at least one text"),
-        ({"answers": list("['a']")}, "split into characters: \"\\['a'\\]\""),
-        ({"answers": None}, "answers is null"),
+        ({"answers": list("['a']")}, "not one that was split into characters, got \"\\['a'\\]\""),
+        ({"answers": None}, "answers must be one text or a list of at least one text, got None"),
         ({"question": 3}, "question must be a text"),
         ({"question": " "}, "question must be a text"),
         ({"optimal_calls": "1"}, "optimal_calls must be a whole number"),

@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from otcrl.protocols import Action, Answer, Call, Malformed, Nothing, Tool
+from otcrl.errors import ConfigError
+from otcrl.protocols import Action, Answer, Call, Malformed, Nothing, Tokenizer, Tool
 from otcrl.types import Problem
 
 TAG = re.compile(r"<(/?)([A-Za-z_][\w-]*)>")
@@ -30,6 +31,12 @@ class SearchR1:
     @property
     def ends_with_stop_token(self) -> bool:
         return False  # </answer> is a stop string
+
+    def check(self, tokenizer: Tokenizer, tools: Mapping[str, Tool]) -> None:
+        """Raises ConfigError for a tool whose name can be no tag."""
+        for name in tools:
+            if not TAG.fullmatch(f"<{name}>"):
+                raise ConfigError(f"this dialect calls a tool by a tag, and <{name}> can be none: use dialect=hermes")
 
     def stop(self, tools: Mapping[str, Tool]) -> Sequence[str]:
         return [f"</{name}>" for name in (*tools, "answer")]
@@ -60,8 +67,8 @@ class SearchR1:
             return Malformed(f"<{open_tag}> was opened and never closed with </{open_tag}>.")
         return Nothing()
 
-    def observation(self, result: str) -> str:
-        return self.observation_template.replace("{result}", result)
+    def observation(self, *results: str) -> str:
+        return "".join(self.observation_template.replace("{result}", result) for result in results)
 
     def violations(self, sampled_turns: Sequence[str], tools: Mapping[str, Tool]) -> tuple[str, ...]:
         found: list[str] = []

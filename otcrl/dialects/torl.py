@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from otcrl.protocols import Action, Answer, Call, Malformed, Nothing, Tool
+from otcrl.errors import ConfigError
+from otcrl.protocols import Action, Answer, Call, Malformed, Nothing, Tokenizer, Tool
 from otcrl.types import Problem
 
 BLOCK = re.compile(r"```(\w+)[^\S\n]*\n(.*?)\n?```", re.DOTALL)
@@ -25,6 +26,12 @@ class ToRL:
     @property
     def ends_with_stop_token(self) -> bool:
         return True
+
+    def check(self, tokenizer: Tokenizer, tools: Mapping[str, Tool]) -> None:
+        """Raises ConfigError for a tool whose name cannot be the language of a code block."""
+        for name in tools:
+            if not re.fullmatch(r"\w+", name):
+                raise ConfigError(f"this dialect calls a tool by a code block, whose language cannot be {name!r}")
 
     def stop(self, tools: Mapping[str, Tool]) -> Sequence[str]:
         return [OUTPUT] if tools else []
@@ -46,8 +53,8 @@ class ToRL:
         answers = boxed(text)
         return Answer(answers[-1]) if answers else Nothing()
 
-    def observation(self, result: str) -> str:
-        return f"\n{result}\n```\n"
+    def observation(self, *results: str) -> str:
+        return "".join(f"\n{result}\n```\n" for result in results)
 
     def violations(self, sampled_turns: Sequence[str], tools: Mapping[str, Tool]) -> tuple[str, ...]:
         found: list[str] = []

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from otcrl.errors import DataError, ToolUnavailable
-from otcrl.protocols import Answer, Call, Completion, Dialect, Engine, Malformed, Tokenizer, Tool, ToolResult
+from otcrl.protocols import Answer, Call, Calls, Completion, Dialect, Engine, Malformed, Tokenizer, Tool, ToolResult
 from otcrl.types import Metrics, Outcome, Problem, Stop, ToolCall, Trajectory
 
 
@@ -24,7 +24,7 @@ class Limits:
     max_turns: int  # completions, malformed ones included
     max_tokens: int  # sampled and observation tokens together
     max_turn_tokens: int  # sampled tokens in one completion
-    max_observation_tokens: int  # a longer result is cut after the last line that is whole
+    max_observation_tokens: int  # of each result; a longer one is cut after the last line that is whole
     tool_timeout_s: float
     timeout_s: float | None = None  # of the whole trajectory; None: as long as it takes
 
@@ -175,7 +175,7 @@ class Player:
             priority=-len(draft.turns),  # who is nearly done goes first
         )
         draft.generate_s += time.monotonic() - begun
-        text = opening + self.tokenizer.decode(completion.token_ids)
+        text = opening + self.tokenizer.decode(without_end(completion.token_ids, self.tokenizer.stop_ids))
         draft.sample(completion, text)
         if not completion.finished:
             return Stop.MAX_TOKENS
@@ -186,34 +186,52 @@ class Player:
             case Answer(answer):
                 draft.answer = answer
                 return Stop.ANSWERED
-            case Call(tool, arguments):
-                done = sum(call.outcome in (Outcome.OK, Outcome.MODEL_ERROR) for call in draft.calls)
-                if done == self.limits.max_calls:
-                    draft.calls.append(ToolCall(tool, arguments, "", Outcome.OVER_BUDGET))
-                    return Stop.MAX_CALLS
-                draft.waits_for = ToolCall(tool, arguments, "not back before the deadline", Outcome.INFRA_ERROR)
-                call = await run_call(self.tools[tool], arguments, session, self.limits.tool_timeout_s)
-                draft.waits_for = None
-            case Malformed(why):
-                call = ToolCall("", text, f"Error: {why}", Outcome.INVALID)
+            case Calls(asked):
+                pass
+            case Call() | Malformed() as one:
+                asked = (one,)
             case _:
                 return Stop.INVALID
-        draft.calls.append(call)
-        if call.outcome is Outcome.INFRA_ERROR:
-            return Stop.VOID
-        draft.inject(self._observation(call.result))
+        before = len(draft.calls)
+        for each in asked:
+            call = await self._call(draft, each, text, session)
+            draft.calls.append(call)
+            if call.outcome is Outcome.OVER_BUDGET:
+                return Stop.MAX_CALLS
+            if call.outcome is Outcome.INFRA_ERROR:
+                return Stop.VOID
+        draft.inject(self._observation([call.result for call in draft.calls[before:]]))
         return None
 
-    def _observation(self, result: str) -> list[int]:
-        """Ids that carry a result. Tokenizing is most of what a rollout costs here: once, where nothing must be cut."""
-        whole = self.tokenizer.encode(self.dialect.observation(result))
+    async def _call(self, draft: Draft, asked: Call | Malformed, text: str, session: str) -> ToolCall:
+        if isinstance(asked, Malformed):
+            return ToolCall("", text, f"Error: {asked.why}", Outcome.INVALID)
+        done = sum(call.outcome in (Outcome.OK, Outcome.MODEL_ERROR) for call in draft.calls)
+        if done == self.limits.max_calls:
+            return ToolCall(asked.tool, asked.arguments, "", Outcome.OVER_BUDGET)
+        draft.waits_for = ToolCall(asked.tool, asked.arguments, "not back before the deadline", Outcome.INFRA_ERROR)
+        call = await run_call(self.tools[asked.tool], asked.arguments, session, self.limits.tool_timeout_s)
+        draft.waits_for = None
+        return call
+
+    def _observation(self, results: list[str]) -> list[int]:
+        """Ids that carry results. Tokenizing is most of what a rollout costs here: once, where nothing must be cut."""
+        whole = self.tokenizer.encode(self.dialect.observation(*results))
         if len(whole) <= self.limits.max_observation_tokens:
             return whole
+        shown = [self._cut(result) for result in results]
+        return whole if shown == results else self.tokenizer.encode(self.dialect.observation(*shown))
+
+    def _cut(self, result: str) -> str:
         ids = self.tokenizer.encode(result)
         if len(ids) <= self.limits.max_observation_tokens:
-            return whole
-        cut = whole_lines(self.tokenizer.decode(ids[: self.limits.max_observation_tokens]), result)
-        return self.tokenizer.encode(self.dialect.observation(cut))
+            return result
+        return whole_lines(self.tokenizer.decode(ids[: self.limits.max_observation_tokens]), result)
+
+
+def without_end(ids: Sequence[int], stop_ids: frozenset[int]) -> Sequence[int]:
+    """What was said before the token that ended it: the text of that token is no part of an answer or a call."""
+    return ids[:-1] if ids and ids[-1] in stop_ids else ids
 
 
 def whole_lines(cut: str, text: str) -> str:

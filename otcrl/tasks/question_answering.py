@@ -33,6 +33,9 @@ class QuestionAnswering:
     test: Sequence[str] = ()  # the same, for evaluation
     max_train: int | None = None  # problems of each training source, a seeded subset; null: all
     max_test: int | None = None  # problems of each evaluation source; null: all
+    reader: str = (
+        "auto"  # of the rows, a name of otcrl.tasks.readers.READERS; auto: by the columns of a file's first row
+    )
     skip_bad_rows: bool = False  # True: go on without rows that hold no question or answer; False: stop at the first
     match: Literal["words", "math"] = (
         "words"  # words: Search-R1's exact match | math: the same mathematical object, by math-verify
@@ -88,7 +91,8 @@ class QuestionAnswering:
         return self._read(self.test, self.max_test)
 
     def _read(self, sources: Sequence[str], limit: int | None) -> list[Problem]:
-        return [p for source in sources for p in read_problems(source, limit, self.seed, self.skip_bad_rows)]
+        read = (read_problems(s, limit, self.seed, self.skip_bad_rows, self.reader) for s in sources)
+        return [problem for problems in read for problem in problems]
 
     # -- demonstrations ------------------------------------------------------------------------------
 

@@ -1,37 +1,33 @@
 """Reading data sets: files or hub names to rows, rows to problems.
 
 Every way in which a data set can differ from what the config promised is a DataError that names the
-file, the row and what was expected; nothing is guessed, and nothing skipped unless asked.
+file, the row, the field and what was expected; nothing is guessed, and nothing skipped unless asked.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from otcrl.errors import ConfigError, DataError, nearest
 from otcrl.jsonlines import read_json_lines
+from otcrl.tasks.readers import Record, Row, Wrong, choose, fitting
 from otcrl.types import Problem
-
-Row = Mapping[str, object]
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".tsv")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>\w+(\[[\w:%]+\])?))?")
-_NOT_META = frozenset(  # what a Problem says in its own fields; FlashRAG's `metadata` holds whole pages
-    ["id", "question", "answers", "answer", "golden_answers", "prompt", "reward_model", "optimal_calls", "metadata"]
-)
-_SEARCH_R1_MARK = "Question:"  # Search-R1's instructions end with it
 
 
 def read_rows(source: str, required: Iterable[str] = ()) -> Iterator[dict[str, object]]:
-    """The rows of a file (.jsonl, .jsonl.gz, .json, .parquet), or of a hub data set (`owner/name:split`).
+    """The rows of a file (.jsonl, .jsonl.gz, .json, .parquet, .tsv), or of a hub data set (`owner/name:split`).
 
     Raises DataError: no such file or data set, not readable, a row that is no object, a `required`
     column that a row lacks, no rows at all. Raises ConfigError when a reader is not installed.
@@ -43,28 +39,56 @@ def read_rows(source: str, required: Iterable[str] = ()) -> Iterator[dict[str, o
         raise DataError(f"{source} holds no rows.")
 
 
-def read_problems(source: str, limit: int | None = None, seed: int = 0, skip_bad_rows: bool = False) -> list[Problem]:
+def read_problems(
+    source: str, limit: int | None = None, seed: int = 0, skip_bad_rows: bool = False, reader: str = "auto"
+) -> list[Problem]:
     """The problems of one file or hub data set, in its order; a seeded subset of `limit` where it has more.
 
-    Rows are `{id, question, answers: [...]}`, `{id, question, answer}`, or Search-R1's parquet schema.
-    `Problem.id` is `source/split/id`; the other columns are kept in `meta`. Raises DataError; rows that are
-    no problem are left out, and their number logged, only where the caller asks for it.
+    `Problem.id` is `source/split/id`; columns that the reader does not use are kept in `meta`. Raises DataError; rows
+    that are no problem are left out, and their number logged, only where the caller asks for it.
     """
     name, split = source_and_split(source)
-    problems, bad = [], []
-    for position, row in enumerate(read_rows(source)):
-        try:
-            problems.append(to_problem(row, name, split, position, where=f"{source}, row {position + 1}"))
-        except DataError as error:
-            if not skip_bad_rows:
-                raise DataError(f"{error} (skip_bad_rows=true goes on without such rows)") from error
-            bad.append(str(error))
-    if bad:
-        log.warning("%s: %d of %d rows left out, the first: %s", source, len(bad), len(bad) + len(problems), bad[0])
+    read = records(read_rows(source), source, skip_bad_rows, reader)
+    problems = [to_problem(record, row, name, split, position, where) for position, where, row, record in read]
     if not problems:
         raise DataError(f"{source} holds no problem.")
     check_unique(problems, source)
     return problems if limit is None else _subset(problems, limit, f"{seed}/{name}/{split}")
+
+
+def records(
+    rows: Iterable[Row], source: str, skip_bad_rows: bool = False, reader: str = "auto"
+) -> Iterator[tuple[int, str, Row, Record]]:
+    """(place, `source, row 7`, the row, what it says) for every row; the first row decides between the readers.
+
+    A reader whose published files repeat rows gives each of them once.
+    """
+    chosen, bad, num_rows, repeated = None, list[str](), 0, 0
+    seen: set[tuple[object, ...]] = set()
+    for position, row in enumerate(rows):
+        where, num_rows = f"{source}, row {position + 1}", position + 1
+        try:
+            chosen = chosen or choose(reader, row)
+            record = chosen.read(row)
+        except (Wrong, KeyError, DataError) as error:
+            if chosen is None:
+                raise DataError(f"{where}: {error}") from error
+            why = f"there is no column {error}" if isinstance(error, KeyError) else str(error)
+            why += f". Reader {others[0]!r} would fit" if (others := fitting(row)) else ""
+            if not skip_bad_rows:
+                raise DataError(f"{where}: {why} (skip_bad_rows=true goes on without such rows)") from error
+            bad.append(f"{where}: {why}")
+            continue
+        same = (record.source, record.key, record.question, record.answers)
+        if chosen.repeats and record.key is not None and same in seen:
+            repeated += 1
+            continue
+        seen |= {same} if chosen.repeats else set()
+        yield position, where, row, record
+    if bad:
+        log.warning("%s: %d of %d rows left out, the first: %s", source, len(bad), num_rows, bad[0])
+    if repeated:
+        log.info("%s: %d of %d rows repeat an earlier one", source, repeated, num_rows)
 
 
 def _subset(problems: list[Problem], limit: int, seed: str) -> list[Problem]:
@@ -107,70 +131,20 @@ def source_and_split(source: str) -> tuple[str, str]:
     return name.rstrip("/").rsplit("/", 1)[-1], split or "train"
 
 
-def to_problem(row: Row, source: str, split: str, position: int, where: str) -> Problem:
-    """One row as a problem; a row's own `data_source` and `extra_info` go before the file's name."""
-    info = row.get("extra_info")
-    info = info if isinstance(info, Mapping) else {}
-    source = str(row.get("data_source") or source)
-    split = str(info.get("split") or split)
-    key = row.get("id", info.get("index", position))
+def to_problem(record: Record, row: Row, source: str, split: str, position: int, where: str) -> Problem:
+    """The record as a problem; the source and split that a row names go before those of the file's name."""
     optimal = row.get("optimal_calls")
     if not (optimal is None or isinstance(optimal, int)):
         raise DataError(f"{where}: optimal_calls must be a whole number, got {optimal!r}")
+    source = record.source or str(row.get("data_source") or source)
     return Problem(
-        id=f"{source}/{split}/{key}",
-        question=_question(row, where),
-        answers=_answers(row, where),
+        id=f"{source}/{record.split or split}/{position if record.key is None else record.key}",
+        question=record.question,
+        answers=record.answers,
         source=source,
         optimal_calls=optimal,
-        meta={name: value for name, value in row.items() if name not in _NOT_META},
+        meta=dict(record.meta),
     )
-
-
-def _question(row: Row, where: str) -> str:
-    if "question" not in row and "prompt" in row:
-        return _prompt_question(row["prompt"], where)
-    question = _with_columns(row, ("question",), where)["question"]
-    if not (isinstance(question, str) and question.strip()):
-        raise DataError(f"{where}: question must be a text, got {question!r}")
-    return question
-
-
-def _prompt_question(prompt: object, where: str) -> str:
-    """The question in a Search-R1 prompt: what follows the last `Question:`, or the whole message."""
-    message = prompt[-1] if isinstance(prompt, Sequence) and prompt and not isinstance(prompt, str) else None
-    content = message.get("content") if isinstance(message, Mapping) else None
-    if not isinstance(content, str):
-        raise DataError(f"{where}: prompt must be a list of messages {{role, content}}, got {prompt!r}")
-    question = content.rsplit(_SEARCH_R1_MARK, 1)[-1].strip()
-    if not question:
-        raise DataError(f"{where}: the prompt holds no question after {_SEARCH_R1_MARK!r}")
-    return question
-
-
-def _answers(row: Row, where: str) -> tuple[str, ...]:
-    reward_model = row.get("reward_model")
-    truth = reward_model.get("ground_truth") if isinstance(reward_model, Mapping) else None
-    for column, value in (
-        ("answers", row.get("answers")),
-        ("golden_answers", row.get("golden_answers")),
-        ("answer", row.get("answer")),
-        ("reward_model.ground_truth.target", truth.get("target") if isinstance(truth, Mapping) else truth),
-    ):
-        if value is not None:
-            return _as_answers(value, f"{where}: {column}")
-    _with_columns(row, ("answers",), where)
-    raise DataError(f"{where}: answers is null")
-
-
-def _as_answers(value: object, where: str) -> tuple[str, ...]:
-    listed = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    texts = [str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item for item in listed]
-    if len(texts) > 2 and texts[0] == "[" and all(len(str(text)) == 1 for text in texts):  # seen in published files
-        raise DataError(f"{where} is one text that was split into characters: {''.join(map(str, texts))!r}")
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise DataError(f"{where} must be one text or a list of at least one text, got {value!r}")
-    return tuple(str(text) for text in texts)
 
 
 def _with_columns(row: object, required: Iterable[str], where: str) -> dict[str, object]:
@@ -199,7 +173,9 @@ def _raw_rows(source: str) -> Iterator[object]:
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return (row for _, row in read_json_lines(path))
     if path.name.endswith(".json"):
-        return _json_list(path)
+        return _with_possible_answers(_json_list(path), path)
+    if path.name.endswith(".tsv"):
+        return _tsv_rows(path)
     raise DataError(f"{source} must end in one of {', '.join(SUFFIXES)}, got {''.join(path.suffixes) or 'no suffix'!r}")
 
 
@@ -212,13 +188,39 @@ def _names_beside(path: Path) -> str:
 
 
 def _json_list(path: Path) -> Iterator[object]:
+    """A list, `{"Data": [...]}` as in TriviaQA, or JSON lines by the wrong name as in BFCL."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and error.lineno > 1:
+            return (row for _, row in read_json_lines(path))
         raise DataError(f"{path}: expected a JSON list of objects, but {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected a JSON list of objects, but {error}") from error
+    rows = rows.get("Data", rows) if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
         raise DataError(f"{path}: expected a JSON list of objects, got {type(rows).__name__}")
     return iter(rows)
+
+
+def _with_possible_answers(rows: Iterator[object], path: Path) -> Iterator[object]:
+    """BFCL keeps what is right in a file of the same name in `possible_answer/`; its rows are joined by their id."""
+    beside = path.parent / "possible_answer" / path.name
+    if not beside.is_file():
+        return rows
+    right = {row.get("id"): row.get("ground_truth") for row in _json_list(beside) if isinstance(row, dict)}
+    return (
+        {**row, "ground_truth": right[row["id"]]} if isinstance(row, dict) and row.get("id") in right else row
+        for row in rows
+    )
+
+
+def _tsv_rows(path: Path) -> Iterator[object]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            yield from csv.DictReader(file, delimiter="\t", restkey="too many columns")
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not readable as columns with tabs between them: {error}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[object]:
@@ -235,17 +237,22 @@ def _parquet_rows(path: Path) -> Iterator[object]:
 
 def _hub_rows(source: str) -> Iterator[object]:
     """A hub data set, or a local folder that `datasets` can read; the split is `train` unless named."""
+    match = _HUB_NAME.fullmatch(source)
+    name, split = (match["name"], match["split"] or "train") if match else (source, "train")
+    return hub_rows(name, None, split)
+
+
+def hub_rows(name: str, config: str | None, split: str) -> Iterator[object]:
+    """The rows of one split of a hub data set, in the variant `config` where it has several. Raises DataError."""
     try:
         import datasets
     except ImportError as error:
-        raise ConfigError(f"{source} is no file, and a hub data set needs: pip install 'otcrl[data]'") from error
-    match = _HUB_NAME.fullmatch(source)
-    name, split = (match["name"], match["split"] or "train") if match else (source, "train")
+        raise ConfigError(f"{name} is no file, and a hub data set needs: pip install 'otcrl[data]'") from error
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library and its HTTP clients raise a dozen unrelated kinds; none is lost
         raise DataError(
-            f"there is no file {source}, and the hub data set {name!r}, split {split!r}, could not be downloaded: "
+            f"there is no file {name}, and the hub data set {name!r}, split {split!r}, could not be downloaded: "
             f"{type(error).__name__}: {error}"
         ) from error
     return iter(loaded)

@@ -48,6 +48,8 @@ class PythonTool:
     ] = ()  # of `otcrl serve python`; none: programs run here. workers ... bwrap are the servers' then
     token: str | None = None  # the servers'; None: OTCRL_TOKEN of the environment
 
+    argument = "code"  # what JSON calls the text that `run` takes
+
     def __post_init__(self) -> None:
         for field in ("timeout_s", "memory_mb", "max_output_chars", "workers"):
             value = getattr(self, field)

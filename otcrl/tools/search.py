@@ -61,6 +61,7 @@ class SearchTool:
     trajectory_timeout_s: float = 0.0  # all searches of one trajectory together; 0: no limit
     batch_wait_s: float = 0.002
 
+    argument = "query"  # what JSON calls the text that `run` takes
     wired = frozenset({"passages"})
 
     def __post_init__(self) -> None:

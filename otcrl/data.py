@@ -1,0 +1,158 @@
+"""`otcrl data`: published data sets, from the hub or from their own files, as files that every task reads."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from otcrl.errors import ConfigError, DataError, nearest
+from otcrl.tasks.catalogue import CATALOGUE, Published
+from otcrl.tasks.readers import Paragraph, Record, Row
+from otcrl.tasks.records import SUFFIXES, check_unique, hub_rows, read_rows, records, to_problem
+from otcrl.types import Problem
+
+SETTINGS = ("out", "from", "max", "skip_bad_rows")
+TESTS = {"test", "dev", "val", "validation"}  # what the names of files to evaluate on have in them
+
+
+def run(words: Sequence[str]) -> int:
+    """The exit code of `otcrl data NAME[,NAME] out=DIR [from=FILE_OR_DIR] [max=N] [skip_bad_rows=true]`."""
+    names = [name for word in words if "=" not in word for name in word.split(",")]
+    settings = dict(word.split("=", 1) for word in words if "=" in word)
+    for name in settings:
+        if name not in SETTINGS:
+            raise ConfigError(f"otcrl data has no setting {name!r}.{nearest(name, SETTINGS)}")
+    for name in names or [""]:
+        if name not in CATALOGUE:
+            raise ConfigError(f"otcrl data knows no data set {name!r}.{nearest(name, CATALOGUE)}")
+    if not settings.get("out"):
+        raise ConfigError("otcrl data needs out=DIR")
+    place = settings.get("from")
+    if place is not None and len(names) > 1:
+        raise ConfigError(f"from={place} holds one data set, and {len(names)} are named")
+    limit, skip = settings.get("max"), settings.get("skip_bad_rows", "false")
+    if limit is not None and (not limit.isdigit() or int(limit) < 1):
+        raise ConfigError(f"max must be a whole number of at least 1, got {limit!r}")
+    if skip not in ("true", "false"):
+        raise ConfigError(f"skip_bad_rows must be true or false, got {skip!r}")
+    for name in names:
+        known = CATALOGUE[name]
+        splits = local(Path(place)) if place is not None else downloaded(name, known)
+        written = write(
+            name, known.reader, splits, Path(settings["out"]) / name,
+            limit=int(limit) if limit else None, skip_bad_rows=skip == "true",
+        )  # fmt: skip
+        for path, count in written.items():
+            print(f"otcrl: wrote {path}: {count} {'passages' if path.name.startswith('corpus') else 'questions'}")
+    return 0
+
+
+Splits = Iterable[tuple[str, str, Iterable[Row]]]  # (split, where its rows are from, its rows)
+
+
+def downloaded(name: str, known: Published) -> Iterator[tuple[str, str, Iterable[Row]]]:
+    if known.hub is None:
+        raise ConfigError(f"{name} is not on the hub: get its files from {known.home}, and add from=FILE_OR_DIR")
+    for theirs, ours in known.splits.items():
+        rows = hub_rows(known.hub, known.config, theirs)
+        yield ours, f"{known.hub}, split {theirs}", (dict(row) for row in rows if isinstance(row, Mapping))
+
+
+def local(place: Path) -> Iterator[tuple[str, str, Iterable[Row]]]:
+    """The files of a folder, or one file. A file's name says whether it is to train or to evaluate on."""
+    files = sorted(path for path in place.iterdir() if path.name.endswith(SUFFIXES)) if place.is_dir() else [place]
+    if not files:
+        raise DataError(f"from={place} holds no file that ends in one of {', '.join(SUFFIXES)}")
+    taken: dict[str, Path] = {}
+    for path in files:
+        split = split_of(path.name)
+        if split in taken:
+            raise DataError(f"{taken[split]} and {path} are both of the split {split!r}: name one of them, from=FILE")
+        taken[split] = path
+    for split, path in taken.items():
+        yield split, str(path), read_rows(str(path))
+
+
+def split_of(name: str) -> str:
+    """train or test by what is in the file's name, else the name.
+
+    >>> split_of("hotpot_dev_distractor_v1.json"), split_of("BFCL_v4_parallel.json")
+    ('test', 'BFCL_v4_parallel')
+    """
+    stem = next((name.removesuffix(each) for each in sorted(SUFFIXES, key=len)[::-1] if name.endswith(each)), name)
+    words = re.split(r"\W|_", stem.lower())
+    if "train" in words:
+        return "train"
+    return "test" if TESTS & set(words) else stem
+
+
+def write(
+    name: str, reader: str, splits: Splits, folder: Path, *, limit: int | None = None, skip_bad_rows: bool = False
+) -> dict[Path, int]:
+    """(file -> rows in it) of `folder`: a file for each split, and a corpus where the questions come with paragraphs.
+
+    Raises DataError, and leaves no file that is not whole.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    problems: list[Problem] = []
+    passages: dict[Paragraph, str] = {}  # without its `is_gold` -> its id in the corpus
+    written: dict[Path, int] = {}
+    for split, where, rows in splits:
+        path, before = folder / f"{split}.jsonl.gz", len(problems)
+        with whole(path) as file:
+            for position, place, row, record in records(rows, where, skip_bad_rows, reader):
+                if limit is not None and len(problems) - before == limit:
+                    break
+                problem = to_problem(record, row, name, split, position, place)
+                problems.append(problem)
+                put(file, line(problem, name, gold_ids(record, passages, name)))
+            written[path] = len(problems) - before
+            if not written[path]:
+                raise DataError(f"{where} holds no problem.")
+    check_unique(problems, name)
+    if passages:
+        with whole(folder / "corpus.jsonl.gz") as file:
+            for paragraph, key in passages.items():
+                put(file, {"id": key, "title": paragraph.title, "text": paragraph.text})
+        written[folder / "corpus.jsonl.gz"] = len(passages)
+    return written
+
+
+def gold_ids(record: Record, passages: dict[Paragraph, str], name: str) -> list[str]:
+    """The ids of the record's gold paragraphs; all of its paragraphs are in `passages` afterwards."""
+    found: list[str] = []
+    for paragraph in record.paragraphs:
+        key = passages.setdefault(Paragraph(paragraph.title, paragraph.text, False), f"{name}-{len(passages):06}")
+        found += [key] if paragraph.is_gold and key not in found else []
+    return found
+
+
+def line(problem: Problem, name: str, gold: list[str]) -> dict[str, object]:
+    """The problem as a row that `plain` reads, with an id that makes it the same problem again."""
+    row: dict[str, object] = {"id": problem.id.split("/", 2)[2]}
+    if problem.source != name:
+        row["data_source"] = problem.source
+    row |= {"question": problem.question, "answers": list(problem.answers)}
+    return row | ({"gold_ids": gold} if gold else {}) | dict(problem.meta)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[IO[bytes]]:
+    """A gzip file that gets its name when all of it is written; the same content is the same bytes."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("wb") as raw, gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def put(file: IO[bytes], row: Mapping[str, object]) -> None:
+    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")

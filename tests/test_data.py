@@ -1,0 +1,167 @@
+"""`otcrl data`: published files become files that every task reads as the same problems."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from otcrl import cli
+from otcrl.data import downloaded, split_of, write
+from otcrl.tasks.catalogue import CATALOGUE, Published
+from otcrl.tasks.question_answering import QuestionAnswering
+from otcrl.tasks.readers import READERS
+from otcrl.tasks.records import read_problems
+from otcrl.tasks.tool_calls import ToolCalls
+from tests.published import GOLD, ROWS
+from tests.test_bad_input import refusal
+from tests.test_records import write as write_rows
+
+READ_BY = {name: known.reader for name, known in CATALOGUE.items()}
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+
+
+def test_every_data_set_is_read_by_a_reader_and_can_be_had_somewhere():
+    for name, known in CATALOGUE.items():
+        assert known.reader in READERS, name
+        assert bool(known.hub) == bool(known.splits), name
+        assert bool(known.hub) != bool(known.home), name
+        assert set(known.splits.values()) <= {"train", "test"}
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_what_is_written_is_read_as_the_same_problems(name: str, tmp_path: Path):
+    (tmp_path / name).mkdir()
+    source = write_rows(tmp_path / name / "a_test.jsonl", [ROWS[READ_BY[name]][0]])
+    assert cli.main(["data", name, f"from={source}", f"out={tmp_path / 'out'}"]) == 0
+    written = tmp_path / "out" / name / "test.jsonl.gz"
+    split = "train" if "prompt" in ROWS[READ_BY[name]][0] else "test"  # the row names its own
+    expected = read_problems(str(shutil.copy(source, tmp_path / name / f"{split}.jsonl")))
+    for one, other in zip(read_problems(str(written)), expected, strict=True):
+        assert one.id.replace("/test/", "/train/") == other.id.replace("/test/", "/train/")
+        assert (one.question, one.answers, one.source) == (other.question, other.answers, other.source)
+        assert {k: v for k, v in one.meta.items() if k != "gold_ids"} == other.meta
+
+
+def test_files_of_a_folder_are_splits_by_their_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    published, out = tmp_path / "published", tmp_path / "out"
+    published.mkdir()
+    for name in ("musique_ans_v1.0_dev.jsonl", "musique_ans_v1.0_train.jsonl"):
+        write_rows(published / name, [ROWS["musique"][0] | {"id": name}])
+    assert cli.main(["data", "musique", f"from={published}", f"out={out}"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"otcrl: wrote {out}/musique/test.jsonl.gz: 1 questions",
+        f"otcrl: wrote {out}/musique/train.jsonl.gz: 1 questions",
+        f"otcrl: wrote {out}/musique/corpus.jsonl.gz: 2 passages",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("hotpot_dev_distractor_v1.json", "test"), ("wikipedia-train.json", "train"), ("validation.parquet", "test"),
+        ("BFCL_v4_live_simple.json", "BFCL_v4_live_simple"), ("training_notes.json", "training_notes"),
+        ("devices.json", "devices"), ("musique_ans_v1.0_dev.jsonl", "test"), ("test.jsonl.gz", "test"),
+    ],
+)  # fmt: skip
+def test_a_split_is_what_the_file_is_called(name: str, split: str):
+    assert split_of(name) == split
+
+
+def test_paragraphs_become_a_corpus_that_demonstrations_can_search(tmp_path: Path):
+    row = ROWS["hotpotqa"][0]
+    source = write_rows(tmp_path / "train.json", [row, row | {"_id": "h2", "question": "Who else?"}])
+    assert cli.main(["data", "hotpotqa", f"from={source}", f"out={tmp_path}"]) == 0
+    folder = tmp_path / "hotpotqa"
+    corpus = rows(folder / "corpus.jsonl.gz")
+    assert [passage["title"] for passage in corpus] == ["Tin", "Polonium"]  # once each
+    assert [row["gold_ids"] for row in rows(folder / "train.jsonl.gz")] == [["hotpotqa-000001"]] * 2
+    task = QuestionAnswering(train=[str(folder / "train.jsonl.gz")], corpus=[str(folder / "corpus.jsonl.gz")])
+    assert task.passages["hotpotqa-000001"].text == GOLD
+
+
+def test_a_hub_data_set_is_read_with_its_variant_and_its_splits_get_our_names(tmp_path: Path):
+    """A folder with a card stands in for the hub: the client reads both, and this needs no network."""
+    pytest.importorskip("datasets")
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    write_rows(hub / "one.jsonl", [ROWS["gsm8k"][0]])
+    write_rows(hub / "two.jsonl", [{"question": "of the other variant", "answer": "#### 1"}])
+    files = "  data_files:\n  - split: validation\n    path: {}\n"
+    (hub / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: main\n{files.format('one.jsonl')}"
+        f"- config_name: b\n{files.format('two.jsonl')}---\n"
+    )
+    known = Published("gsm8k", str(hub), "main", {"validation": "test"})
+    written = write("made", known.reader, downloaded("made", known), tmp_path / "made")
+    assert written == {tmp_path / "made" / "test.jsonl.gz": 1}
+    assert rows(tmp_path / "made" / "test.jsonl.gz")[0]["question"] == ROWS["gsm8k"][1]
+
+
+def test_sources_of_one_file_keep_their_names_so_that_ids_do_not_collide(tmp_path: Path):
+    nq = ROWS["search_r1"][0] | {"data_source": "nq"}
+    source = write_rows(tmp_path / "train.jsonl", [nq, nq | {"data_source": "hotpotqa"}])
+    assert cli.main(["data", "search_r1", f"from={source}", f"out={tmp_path}"]) == 0
+    problems = read_problems(str(tmp_path / "search_r1" / "train.jsonl.gz"))
+    assert [(p.id, p.source) for p in problems] == [("nq/train/3", "nq"), ("hotpotqa/train/3", "hotpotqa")]
+
+
+def test_the_same_rows_are_the_same_bytes_and_max_takes_the_first(tmp_path: Path):
+    source = write_rows(tmp_path / "test.jsonl", [ROWS["popqa"][0] | {"id": i} for i in range(5)])
+    for out in ("a", "b"):
+        assert cli.main(["data", "popqa", f"from={source}", f"out={tmp_path / out}", "max=3"]) == 0
+    one, other = (tmp_path / out / "popqa" / "test.jsonl.gz" for out in ("a", "b"))
+    assert one.read_bytes() == other.read_bytes()
+    assert [row["id"] for row in rows(one)] == ["0", "1", "2"]
+
+
+def test_a_file_that_breaks_off_leaves_no_half_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = write_rows(tmp_path / "test.jsonl", [ROWS["gsm8k"][0], {"question": "Who?", "answer": "nobody"}])
+    assert "row 2: answer must be a solution" in refusal(capsys, "data", "gsm8k", f"from={source}", f"out={tmp_path}")
+    assert list((tmp_path / "gsm8k").iterdir()) == []
+    assert cli.main(["data", "gsm8k", f"from={source}", f"out={tmp_path}", "skip_bad_rows=true"]) == 0
+    assert len(rows(tmp_path / "gsm8k" / "test.jsonl.gz")) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["hotpot", "out=x"], "otcrl data knows no data set 'hotpot'. Did you mean 'hotpotqa'?"),
+        (["out=x"], "otcrl data knows no data set ''. Choose from: 2wikimultihopqa, aime24"),
+        (["nq"], "otcrl data needs out=DIR"),
+        (["nq", "out=x", "form=a"], "otcrl data has no setting 'form'. Did you mean 'from'?"),
+        (["nq,popqa", "out=x", "from=a.jsonl"], "from=a.jsonl holds one data set, and 2 are named"),
+        (["bfcl", "out=x"], "bfcl is not on the hub: get its files from https://github.com/ShishirPatil/gorilla"),
+        (["nq", "out=x", "max=0"], "max must be a whole number of at least 1, got '0'"),
+        (["nq", "out=x", "skip_bad_rows=1"], "skip_bad_rows must be true or false, got '1'"),
+        (["nq", "out=x", "from=none.jsonl"], "there is no file none.jsonl."),
+    ],
+)
+def test_a_command_that_cannot_be_followed_is_one_line(
+    words: list[str], why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(capsys, "data", *words).startswith(why)
+
+
+def test_two_files_of_one_split_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name in ("a_dev.jsonl", "a_test.jsonl"):
+        write_rows(tmp_path / name, [ROWS["popqa"][0]])
+    why = refusal(capsys, "data", "popqa", f"from={tmp_path}", f"out={tmp_path / 'out'}")
+    assert why.endswith("are both of the split 'test': name one of them, from=FILE")
+
+
+def test_tool_calls_that_were_written_are_a_task(tmp_path: Path):
+    for name in ("toolrl", "bfcl"):
+        source = write_rows(tmp_path / f"{name}_test.jsonl", [ROWS[name][0]])
+        assert cli.main(["data", name, f"from={source}", f"out={tmp_path}"]) == 0
+        (problem,) = ToolCalls(test=[str(tmp_path / name / "test.jsonl.gz")]).held_out()
+        (same,) = ToolCalls(test=[str(source)]).held_out()
+        assert problem.meta == same.meta
+        assert problem.answers == same.answers
