@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>\w+(\[[\w:%]+\])?))?")
+_GIVEN_NAME = re.compile(r"[\w.-]+")
 _NOT_META = frozenset(  # what a Problem says in its own fields; FlashRAG's `metadata` holds whole pages
     ["id", "question", "answers", "answer", "golden_answers", "prompt", "reward_model", "optimal_calls", "metadata"]
 )
@@ -47,12 +48,15 @@ def read_problems(source: str, limit: int | None = None, seed: int = 0, skip_bad
     """The problems of one file or hub data set, in its order; a seeded subset of `limit` where it has more.
 
     Rows are `{id, question, answers: [...]}`, `{id, question, answer}`, or Search-R1's parquet schema.
-    `Problem.id` is `source/split/id`; the other columns are kept in `meta`. Raises DataError; rows that are
-    no problem are left out, and their number logged, only where the caller asks for it.
+    `Problem.id` is `source/split/id`; the other columns are kept in `meta`. `name=FILE` names the source of all
+    rows, else a row or the file does. Raises DataError; rows that are no problem are left out, and their number
+    logged, only where the caller asks for it.
     """
+    given, source = given_name(source)
     name, split = source_and_split(source)
     problems, bad = [], []
     for position, row in enumerate(read_rows(source)):
+        row = row | {"data_source": given} if given else row
         try:
             problems.append(to_problem(row, name, split, position, where=f"{source}, row {position + 1}"))
         except DataError as error:
@@ -95,6 +99,14 @@ def shuffled_epochs(length: int, start: int, count: int, seed: str) -> list[int]
 @lru_cache(maxsize=8)
 def _epoch(length: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(length), length)
+
+
+def given_name(source: str) -> tuple[str | None, str]:
+    """`nq=dir/file.jsonl` -> (nq, dir/file.jsonl); (None, source) where no name is given, or a file is called so."""
+    name, is_named, rest = source.partition("=")
+    if is_named and _GIVEN_NAME.fullmatch(name) and not Path(source).is_file():
+        return name, rest
+    return None, source
 
 
 def source_and_split(source: str) -> tuple[str, str]:
