@@ -20,6 +20,7 @@ from otcrl.algos.mismatch import Correction
 from otcrl.compose import load, to_yaml
 from otcrl.construct import Constructor, check_section, construct, construct_as, locate, wired_parts
 from otcrl.errors import ConfigError, DataError
+from otcrl.evaluate.attempts import check_column
 from otcrl.experiment import Evaluate, Experiment, cold_start, evaluate, run_experiment
 from otcrl.health import Health
 from otcrl.learner.learner import Learner
@@ -66,6 +67,7 @@ def run_train(cfg: Config) -> None:
     first_step = resumed.step if resumed is not None else 0
     config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
     world = build_world(cfg)
+    check_column(world.task.held_out(), config.difficulty)
     if resumed is not None and (sft := Path(cfg["resume"]) / "sft").is_dir():
         checkpoint.load_weights(sft, world.model)  # where the reference was taken
     with Bars(quiet=not dist.is_first()) as bars:
@@ -111,9 +113,7 @@ def run_eval(cfg: Config) -> None:
     config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
     run, path = cfg["run"], cfg["checkpoint"]
     if run is not None:
-        path = f"{run}/model"
-        if not Path(path).is_dir():
-            raise ConfigError(f"run={run} has no model yet: finish it with `otcrl train resume={run}`")
+        path = str(trained_model(Path(run), cfg.get("step")))
     if path is not None:
         model = load(conf_dir() / "model/pretrained.yaml")
         if cfg["model"].get("_target_") == model["_target_"]:
@@ -122,20 +122,38 @@ def run_eval(cfg: Config) -> None:
     if cfg["data"]:
         target = "otcrl.tasks.question_answering.QuestionAnswering"
         match = {"match": "math"} if "arithmetic" in cfg["task"].get("_target_", "") else {}
-        cfg = {**cfg, "task": {"_target_": target, "test": cfg["data"], **match}}
+        kept = {key: cfg["task"][key] for key in ("in_domain", "match") if key in cfg["task"]}
+        cfg = {**cfg, "task": {"_target_": target, "test": cfg["data"], **match, **kept}}
     needs_model = "model" in wired_parts(engine_class(cfg))  # an endpoint elsewhere has its own
     world = build_world(cfg, weights=needs_model)
     if not world.task.held_out():
         raise ConfigError("the task has no evaluation problems: name a file, data=FILE")
+    check_column(world.task.held_out(), config.difficulty)
     parts = {"model": world.model.eval()} if needs_model else {}
     engine = construct(cfg["engine"], "engine", tokenizer=world.tokenizer, **parts)
     collector = build_collector(cfg, world, engine)
-    folder = Path(run or cfg["run_dir"]) / "eval"
+    folder = Path(run or cfg["run_dir"]) / "eval" / (cfg.get("as") or "")
     with unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with Bars(quiet=not dist.is_first()) as bars:
-        asyncio.run(closing(evaluate(collector, world.task, config, folder, bars), world, engine))
+        work = evaluate(collector, world.task, config, folder, bars, to_yaml(dict(cfg)))
+        asyncio.run(closing(work, world, engine))
     dist.stop()
+
+
+def trained_model(run: Path, step: str | None) -> Path:
+    """The model that training ended with, or the one in the checkpoint of a step. Raises ConfigError without it."""
+    if step is None:
+        if not (run / "model").is_dir():
+            raise ConfigError(f"run={run} has no model yet: finish it with `otcrl train resume={run}`")
+        return run / "model"
+    found = {
+        folder.name.removeprefix("step-").lstrip("0"): folder for folder in checkpoint.complete(run / "checkpoints")
+    }
+    if step.lstrip("0") not in found:
+        kept = f" It has: {', '.join(found)}." if found else " It has none."
+        raise ConfigError(f"run={run} has no checkpoint of step {step!r}.{kept} loop.keep_checkpoints says how many")
+    return found[step.lstrip("0")] / "model"
 
 
 # -- parts ------------------------------------------------------------------------------------------

@@ -118,11 +118,17 @@ def run_config(settings: list[str]) -> Config:
 
 
 def eval_config(settings: list[str]) -> Config:
-    """A config with three more keys: `run` (directory or None), `checkpoint` (what `model=` named, or None), `data`."""
+    """A config with five more keys: `run` (directory or None), `checkpoint` (what `model=` named, or None), `data`,
+    `step` (of the run's checkpoint; None: its last model) and `as` (the folder of the results, inside eval/)."""
     from otcrl.compose import compose
 
-    named, overrides = take(settings, "conf", "run", "model", "data")
-    run, model, conf = named.get("run"), named.get("model"), named.get("conf")
+    named, overrides = take(settings, "conf", "run", "model", "data", "step", "as")
+    run, model, conf, step = named.get("run"), named.get("model"), named.get("conf"), named.get("step")
+    if step is not None and (run is None or not step.isdecimal()):
+        raise ConfigError(f"step={step} must be the number of a checkpoint of run=DIR")
+    folder = named.get("as", "" if step is None else f"step-{int(step):06d}")
+    if folder and (Path(folder).name != folder or folder == ".."):
+        raise ConfigError(f"as={folder} must be the name of a folder")
     if (run is None) == (model is None and conf is None):
         raise ConfigError("add either run=DIR or model=NAME_OR_PATH (with conf=NAME or the groups that it needs)")
     if model in options("model"):
@@ -132,6 +138,8 @@ def eval_config(settings: list[str]) -> Config:
         "run": run,
         "checkpoint": model,
         "data": [item for item in named.get("data", "").split(",") if item],
+        "step": step,
+        "as": folder,
     }
 
 
@@ -165,6 +173,21 @@ def sweep(command: str, settings: list[str], flags: frozenset[str]) -> int:
     outcome = f", {len(failed)} failed: {', '.join(failed)}" if failed else ""
     print(f"otcrl: {len(jobs)} runs, {len(jobs) - len(failed)} done{outcome}", file=sys.stderr)
     return 1 if failed else 0
+
+
+# -- compare, table ------------------------------------------------------------------------------------------
+
+
+def compare(settings: list[str], flags: frozenset[str]) -> int:
+    from otcrl.evaluate.compare import run
+
+    return run(settings)
+
+
+def table(settings: list[str], flags: frozenset[str]) -> int:
+    from otcrl.evaluate.table import run
+
+    return run(settings)
 
 
 # -- plan ---------------------------------------------------------------------------------------------------
@@ -249,13 +272,45 @@ COMMANDS = {
     ),
     "eval": Command(
         "measure accuracy, tool calls and tool productivity",
-        "run=DIR | model=NAME_OR_PATH [conf=NAME_OR_FILE] [data=FILE_OR_HUB_NAME,...] [key=value ...]",
+        "run=DIR [step=N] | model=NAME_OR_PATH [conf=NAME_OR_FILE]\n"
+        "  [data=FILE_OR_HUB_NAME,...] [as=FOLDER_OF_RESULTS] [key=value ...]",
         (
             "otcrl eval run=runs/quickstart",
-            "otcrl eval model=Qwen/Qwen2.5-3B-Instruct conf=NAME data=my_questions.jsonl",
+            "otcrl eval run=runs/quickstart step=20 evaluate.offloading=true  # of a checkpoint",
+            "otcrl eval model=Qwen/Qwen2.5-3B-Instruct conf=NAME data=nq.jsonl,musique.jsonl",
+            "otcrl eval model=Qwen/Qwen2.5-3B-Instruct conf=NAME dialect=rag name=rag  # or direct, cot, ircot, tir",
         ),
         evaluate,
         CFG,
+    ),
+    "compare": Command(
+        "what a run does otherwise than a baseline run, on the same questions, with tests",
+        "BASELINE_RUN RUN [eval=NAME] [common=true] [counter=well_formed] [seed=0]\n"
+        "  [em=SHARE] [window=10] [json=FILE]",
+        (
+            "otcrl compare runs/outcome runs/otc",
+            "otcrl compare runs/otc/eval/before runs/otc/eval/after",
+            "otcrl compare runs/outcome runs/otc em=0.4  # when did each of them reach it in training?",
+        ),
+        compare,
+        {},
+        lists_presets=False,
+    ),
+    "table": Command(
+        "runs side by side, as Markdown, LaTeX or CSV",
+        "RUN [RUN ...] [of=results|difficulty|behaviour|training|offloading] [format=markdown|latex|csv]\n"
+        "  [eval=NAME|all] [baseline=RUN] [intervals=true] [common=true] [counter=well_formed] [seed=0]\n"
+        "  [em=SHARE] [window=10] [out=FILE]",
+        (
+            "otcrl table runs/rag runs/outcome runs/otc baseline=runs/outcome format=latex",
+            "otcrl table runs/otc of=difficulty",
+            "otcrl table runs/otc of=behaviour baseline=runs/outcome",
+            "otcrl table runs/outcome runs/otc of=training",
+            "otcrl table runs/3b runs/7b of=offloading eval=all  # by model size and training step",
+        ),
+        table,
+        {},
+        lists_presets=False,
     ),
     "plan": Command(
         "what a run needs: memory on each GPU, time and cost; or the least change that makes it fit",

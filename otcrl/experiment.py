@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from rich import get_console
 
 from otcrl import checkpoint, dist
 from otcrl.errors import nearest
+from otcrl.evaluate.attempts import TRANSCRIPTS, is_right
 from otcrl.evaluate.offloading import Offloading, offloading
 from otcrl.evaluate.report import FILE, Report, before_after_table, make_report
 from otcrl.loggers import Loggers
@@ -36,6 +38,7 @@ class Evaluate:
     sampled: bool  # also at the rollout's temperature, not only greedy
     offloading: bool  # also with tools off and with a call forced
     before: bool  # also before the first step
+    difficulty: str | None = None  # column of the rows that says how hard a question is; None: its least calls
 
     def __post_init__(self) -> None:
         if self.counter not in COUNTERS:
@@ -136,13 +139,14 @@ async def report_before(experiment: Experiment) -> Report:
     return await report(experiment.run, experiment.evaluate, "before")
 
 
-async def evaluate(collector: Collector, task: Task, config: Evaluate, folder: Path, bars: Bars) -> None:
-    """`otcrl eval`: the greedy report and, when asked for, the sampled one."""
+async def evaluate(collector: Collector, task: Task, config: Evaluate, folder: Path, bars: Bars, settings: str) -> None:
+    """`otcrl eval`: the greedy report and, when asked for, the sampled one; `settings` are left beside each."""
     console = get_console()
     modes = {"greedy": 0.0, "sampled": collector.temperature} if config.sampled else {"greedy": 0.0}
     for name, temperature in modes.items():
         found = await measure(collector, task, config, folder / name, bars, temperature)
         if dist.is_first():
+            (folder / name / "config.yaml").write_text(settings)
             console.print(f"[bold]{name}[/] (temperature {temperature:g}), saved in {folder / name}")
             show(found, None)
 
@@ -173,9 +177,18 @@ async def measure(
             counter=config.counter,
             normal=trajectories,
         )
-    found = make_report(trajectories, task.correct, config.counter, offloaded)
+    found = make_report(
+        trajectories,
+        task.correct,
+        config.counter,
+        offloaded,
+        temperature=temperature,
+        in_domain=getattr(task, "in_domain", ()),
+        difficulty_column=config.difficulty,
+    )
     if dist.is_first():
         found.save(folder)
-        (folder / "transcripts.jsonl").unlink(missing_ok=True)
-        write_transcripts(folder / "transcripts.jsonl", 0, [(t, None) for t in trajectories])
+        (folder / TRANSCRIPTS).unlink(missing_ok=True)
+        judged = partial(is_right, correct=task.correct)
+        write_transcripts(folder / TRANSCRIPTS, 0, [(t, None) for t in trajectories], judged)
     return found

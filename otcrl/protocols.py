@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from otcrl.types import Batch, Forward, Metrics, Outcome, Problem, Reward, Scores, Targets, TokenLoss, Trajectory
 
@@ -162,6 +162,19 @@ class Dialect(Protocol):
 
     def open_answer(self) -> str:
         """The text that opens an answer, for evaluation with tools off; `write_answer` starts with it."""
+        ...
+
+
+@runtime_checkable
+class LooksUp(Protocol):
+    """What a dialect has beside the above if its prompt shows what a tool found before the policy writes anything."""
+
+    def look_up(self, problem: Problem) -> Call | None:
+        """The call that is made for the policy, and counts as one of its own; None: none is."""
+        ...
+
+    def prompt_with(self, problem: Problem, found: str) -> str:
+        """The text that opens a trajectory, with the call's result in it."""
         ...
 
 

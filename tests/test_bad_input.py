@@ -131,6 +131,7 @@ IMPOSSIBLE = {
     "loop.max_void_share=2": "loop: max_void_share must be a share between 0 and 1, got 2.0",
     "loop.max_logprob_gap=0": "loop: max_logprob_gap must be null or above 0, got 0.0",
     "evaluate.counter=well_frmed": "evaluate: there is no counter 'well_frmed'. Did you mean 'well_formed'?",
+    "evaluate.difficulty=level": "evaluate.difficulty: no evaluation problem has a column 'level'.",
     "sft.steps=-1": "sft: steps must be at least 0, got -1",
     "sft.batch_size=0": "sft: batch_size must be at least 1, got 0",
     "sft.optimizer.lr=-1": "sft.optimizer: lr must be 0 or more, got -1.0",
@@ -227,6 +228,9 @@ def test_what_is_no_run_cannot_be_resumed_or_measured(tmp_path: Path, capsys: py
     (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
     assert refusal(capsys, "train", f"resume={tmp_path}") == f"{tmp_path}/checkpoints holds no complete checkpoint"
     assert refusal(capsys, "eval", f"run={tmp_path}").startswith(f"run={tmp_path} has no model yet: finish it with")
+    assert refusal(capsys, "eval", f"run={tmp_path}", "step=2").startswith(
+        f"run={tmp_path} has no checkpoint of step '2'. It has none."
+    )
 
 
 # -- data, tokenizers and prompts ---------------------------------------------------------------------

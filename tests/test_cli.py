@@ -148,6 +148,21 @@ def test_eval_takes_a_run_or_a_model(demo: Path, tmp_path: Path, capsys: pytest.
     assert refusal(capsys, "eval").startswith("add either run=DIR or model=NAME_OR_PATH")
 
 
+def test_eval_takes_a_checkpoint_of_a_run_and_a_folder_for_its_results(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "config.yaml").write_text(to_yaml(compose([], preset=demo)))
+    config = printed(capsys, "eval", f"run={tmp_path}", "step=20")
+    assert (config["step"], config["as"]) == ("20", "step-000020")
+    config = printed(capsys, "eval", f"run={tmp_path}", "as=direct")
+    assert (config["step"], config["as"]) == (None, "direct")
+    message = "step=last must be the number of a checkpoint of run=DIR"
+    assert refusal(capsys, "eval", f"run={tmp_path}", "step=last") == message
+    assert refusal(capsys, "eval", "model=x", f"conf={demo}", "step=2").startswith("step=2 must be the number")
+    for folder in ("..", "a/b", "/tmp"):
+        assert refusal(capsys, "eval", f"run={tmp_path}", f"as={folder}") == f"as={folder} must be the name of a folder"
+
+
 # -- sweeps -------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from otcrl.errors import ConfigError, DataError
-from otcrl.tasks.records import check_unique, read_problems, read_rows, shuffled_epochs, source_and_split
+from otcrl.tasks.records import check_unique, given_name, read_problems, read_rows, shuffled_epochs, source_and_split
 
 TINY = Path(__file__).parent / "data" / "tiny_qa"
 ROWS = [{"id": "a", "question": "1 + 1?", "answers": ["2", "two"]}, {"id": "b", "question": "2 + 2?", "answers": ["4"]}]
@@ -104,6 +104,17 @@ def test_a_limit_takes_a_seeded_subset_in_order(tmp_path: Path) -> None:
 )
 def test_the_source_and_split_are_read_off_the_name(source: str, expected: tuple[str, str]) -> None:
     assert source_and_split(source) == expected
+
+
+def test_a_name_given_to_a_file_is_the_source_of_all_its_rows(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "test.jsonl", [ROWS[0], {**ROWS[0], "id": "other", "data_source": "its own"}]))
+    assert {p.source for p in read_problems(path)} == {tmp_path.name, "its own"}
+    named = read_problems(f"nq.open={path}")
+    assert {(p.source, p.id.rpartition("/")[0]) for p in named} == {("nq.open", "nq.open/test")}
+    odd = str(write(tmp_path / "a=b.jsonl", [ROWS[0]]))
+    assert [p.source for p in read_problems(odd)] == [tmp_path.name]  # a file may be called so
+    assert given_name("a=b.jsonl") == ("a", "b.jsonl")
+    assert given_name("owner/set:test") == (None, "owner/set:test")
 
 
 # -- what wrong data says ------------------------------------------------------------------------

@@ -265,6 +265,13 @@ def test_each_source_can_be_limited() -> None:
     assert len(task.held_out()) == 3
 
 
+def test_the_data_sets_that_are_in_domain_must_be_there_unless_nothing_is_trained() -> None:
+    assert tiny(test=[f"held_out={TINY / 'test.jsonl'}"], in_domain=["held_out", "tiny_qa"]).in_domain
+    with pytest.raises(ConfigError, match=r"in_domain: there is no data set 'tiny-qa'. Did you mean 'tiny_qa'\?"):
+        tiny(in_domain=["tiny-qa"])
+    assert tiny(train=(), in_domain=["hotpotqa"]).in_domain == ["hotpotqa"]
+
+
 def test_a_template_that_cannot_be_filled_is_an_error() -> None:
     with pytest.raises(ConfigError, match="template may hold"):
         tiny(template="{name}")

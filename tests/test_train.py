@@ -12,9 +12,10 @@ from shutil import rmtree
 
 import pytest
 
+from otcrl import cli
 from otcrl.build import run_eval, run_sft, run_train
 from otcrl.cli import eval_config, run_config
-from otcrl.errors import TrainingError
+from otcrl.errors import ConfigError, TrainingError
 from otcrl.rollout.schedule import Group
 from otcrl.rollout.scoring import check_void, has_signal, score
 from otcrl.train import rollout_metrics
@@ -139,6 +140,23 @@ def test_sft_alone_writes_a_model_that_eval_measures(tmp_path, capsys):
     report = json.loads((tmp_path / "sft/eval/greedy/report.json").read_text())
     assert report["offloading"]["right_closed"]["value"] is not None
     assert set(report["sources"]) == {"known", "hidden", "two_hop", "small_sum", "large_sum", "search_sum"}
+
+
+def test_a_checkpoint_is_evaluated_and_runs_are_compared_by_what_they_left(finished, capsys):
+    run_eval(eval_config([f"run={finished}", "step=2", "evaluate.offloading=true", "evaluate.sampled=false"]))
+    again = finished / "eval/step-000002/greedy"
+    assert json.loads((again / "report.json").read_text())["temperature"] == 0
+    assert "step: '2'" in (again / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"has no checkpoint of step '3'\. It has: 2, 4\."):
+        run_eval(eval_config([f"run={finished}", "step=3"]))
+    capsys.readouterr()
+    assert cli.main(["compare", f"{finished}/eval/before", f"{finished}/eval/after"]) == 0
+    assert cli.main(["table", str(finished), "eval=all"]) == 0
+    assert cli.main(["table", str(finished), "of=training"]) == 0
+    assert cli.main(["table", str(finished), "of=difficulty"]) == 0
+    assert cli.main(["table", str(finished), "of=offloading", "eval=step-000002/greedy", "format=csv"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1].split(",")
+    assert (last[0], int(last[1]) > 1000, last[2]) == ("quickstart", True, "2")
 
 
 # -- which trajectories count ----------------------------------------------------------------------------

@@ -5,22 +5,22 @@
 
 Every figure is a ratio of two sums over questions, so one resampling of questions serves them all, and
 TP is resampled as the ratio it is. A ratio over nothing (TP when no call was made) is None, never 0.
+The average over data sets (macro) gives each of them the same weight, the overall figure each question.
 Void trajectories are counted and left out. Several attempts at one question count as one question.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from otcrl.errors import ConfigError, nearest
-from otcrl.rewards.matching import f1
-from otcrl.types import COUNTERS, Problem, Stop, Trajectory, count_calls
+from otcrl.evaluate.attempts import Attempt, Correct, attempt
+from otcrl.types import COUNTERS, Trajectory
 
-Correct = Callable[[str, Problem], float]
 Floats = NDArray[np.float64]
 
 CONFIDENCE = 0.95
@@ -59,6 +59,17 @@ class Summary:
     under_call: Estimate  # share with fewer
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Average:
+    """The figures of several data sets, as if each of them had the same number of questions."""
+
+    sets: int
+    em: Estimate
+    f1: Estimate
+    tc: Estimate
+    tp: Estimate  # mean EM / mean TC; None: no call was made
+
+
 RATIOS = {  # figure -> (summed column, column it is divided by)
     "em": ("correct", "attempts"),
     "f1": ("f1", "attempts"),
@@ -78,19 +89,47 @@ RATIOS = {  # figure -> (summed column, column it is divided by)
 
 def summarize(trajectories: Sequence[Trajectory], correct: Correct, counter: str, seed: int = 0) -> Summary:
     """The figures of the trajectories together; `counter` (a key of COUNTERS) says which calls TC and TP count."""
-    if counter not in COUNTERS:
-        raise ConfigError(f"the counter of TC and TP is {counter!r}.{nearest(counter, COUNTERS)}")
-    scored = [t for t in trajectories if t.stop is not Stop.VOID]
-    columns = _question_sums([_attempt(t, correct, counter) for t in scored], [t.problem.id for t in scored])
+    return figures([attempt(t, correct) for t in trajectories], counter, seed)
+
+
+def figures(attempts: Sequence[Attempt], counter: str, seed: int = 0) -> Summary:
+    """The figures of the attempts together."""
+    check_counter(counter)
+    scored = [a for a in attempts if not a.is_void]
+    columns = question_sums(scored, counter)
     estimates = ratios({name: (columns[top], columns[bottom]) for name, (top, bottom) in RATIOS.items()}, seed)
-    if any(t.problem.optimal_calls is None for t in scored):
+    if any(a.optimal_calls is None for a in scored):
         estimates["optimum"] = Estimate(None)
     return Summary(
         questions=len(columns["attempts"]),
         attempts=len(scored),
-        void=len(trajectories) - len(scored),
+        void=len(attempts) - len(scored),
         **estimates,
     )
+
+
+def average(sets: Sequence[Sequence[Attempt]], counter: str, seed: int = 0) -> Average:
+    """EM, F1 and TC of each data set averaged over the data sets, and TP as their ratio.
+
+    Each set is resampled by itself. A mean of the sets' own TPs would be that of the set with the fewest calls.
+    """
+    check_counter(counter)
+    means, draws = [], []
+    for number, attempts in enumerate(sets):
+        columns = question_sums([a for a in attempts if not a.is_void], counter)
+        top_QK = np.stack([columns["correct"], columns["f1"], columns["calls"]], axis=1)
+        bottom_QK = np.stack([columns["attempts"]] * 3, axis=1)
+        means.append(divide(top_QK.sum(0), bottom_QK.sum(0)))
+        draws.append(resampled(top_QK, bottom_QK, [seed, number], RESAMPLES))
+    value_K, drawn_RK = np.mean(means, axis=0), np.mean(draws, axis=0)
+    value_K = np.append(value_K, divide(value_K[:1], value_K[2:]))
+    drawn_RK = np.hstack([drawn_RK, divide(drawn_RK[:, :1], drawn_RK[:, 2:])])
+    return Average(sets=len(sets), **_estimates(["em", "f1", "tc", "tp"], value_K, drawn_RK))
+
+
+def check_counter(counter: str) -> None:
+    if counter not in COUNTERS:
+        raise ConfigError(f"the counter of TC and TP is {counter!r}.{nearest(counter, COUNTERS)}")
 
 
 def by_source(trajectories: Sequence[Trajectory]) -> dict[str, list[Trajectory]]:
@@ -101,23 +140,17 @@ def by_source(trajectories: Sequence[Trajectory]) -> dict[str, list[Trajectory]]
     return found
 
 
-def is_right(trajectory: Trajectory, correct: Correct) -> float:
-    """How right the answer is; 0.0 when there is none."""
-    return 0.0 if trajectory.answer is None else correct(trajectory.answer, trajectory.problem)
-
-
-def _attempt(trajectory: Trajectory, correct: Correct, counter: str) -> dict[str, float]:
-    problem, calls = trajectory.problem, count_calls(trajectory, counter)
-    optimum = problem.optimal_calls
+def _columns(a: Attempt, counter: str) -> dict[str, float]:
+    calls, optimum = a.calls(counter), a.optimal_calls
     known = optimum is not None
     return {
         "attempts": 1.0,
-        "correct": is_right(trajectory, correct),
-        "f1": 0.0 if trajectory.answer is None else f1(trajectory.answer, problem.answers),
+        "correct": a.correct,
+        "f1": a.f1,
         "calls": calls,
-        **{kind: count_calls(trajectory, kind) for kind in ("emitted", "executed", "failed", "invalid")},
-        "sampled_tokens": sum(trajectory.action_mask),
-        "total_tokens": len(trajectory.token_ids),
+        **{kind: a.calls(kind) for kind in ("emitted", "executed", "failed", "invalid")},
+        "sampled_tokens": a.sampled_tokens,
+        "total_tokens": a.total_tokens,
         "with_optimum": float(known),
         "optimal_calls": optimum if known else 0.0,
         "over": float(known and calls > optimum),
@@ -125,13 +158,14 @@ def _attempt(trajectory: Trajectory, correct: Correct, counter: str) -> dict[str
     }
 
 
-def _question_sums(attempts: Sequence[Mapping[str, float]], question_ids: Sequence[str]) -> dict[str, Floats]:
+def question_sums(attempts: Sequence[Attempt], counter: str) -> dict[str, Floats]:
     """Each column summed over the attempts at one question: name -> [questions]."""
-    place = {question: i for i, question in enumerate(dict.fromkeys(question_ids))}
-    index = np.array([place[question] for question in question_ids], dtype=np.int64)
+    rows = [_columns(a, counter) for a in attempts]
+    place = {question: i for i, question in enumerate(dict.fromkeys(a.id for a in attempts))}
+    index = np.array([place[a.id] for a in attempts], dtype=np.int64)
     names = {name for ratio in RATIOS.values() for name in ratio}
     return {
-        name: np.bincount(index, weights=np.array([a[name] for a in attempts]), minlength=len(place)).astype(float)
+        name: np.bincount(index, weights=np.array([row[name] for row in rows]), minlength=len(place)).astype(float)
         for name in names
     }
 
@@ -144,12 +178,14 @@ def ratios(sums: Mapping[str, tuple[Floats, Floats]], seed: int = 0, resamples: 
     """
     top_QK = np.stack([top for top, _ in sums.values()], axis=1)
     bottom_QK = np.stack([bottom for _, bottom in sums.values()], axis=1)
-    value_K = _divide(top_QK.sum(0), bottom_QK.sum(0))
-    if len(top_QK) == 0:
-        return {name: Estimate(None) for name in sums}
-    drawn_RK = _resampled(top_QK, bottom_QK, seed, resamples)
+    value_K = divide(top_QK.sum(0), bottom_QK.sum(0))
+    return _estimates(list(sums), value_K, resampled(top_QK, bottom_QK, seed, resamples))
+
+
+def _estimates(names: Sequence[str], value_K: Floats, drawn_RK: Floats) -> dict[str, Estimate]:
+    """Values with the percentiles of what was drawn; a draw that is nan says nothing."""
     estimates = {}
-    for name, value, drawn_R in zip(sums, value_K, drawn_RK.T, strict=True):
+    for name, value, drawn_R in zip(names, value_K, drawn_RK.T, strict=True):
         defined = drawn_R[~np.isnan(drawn_R)]
         if np.isnan(value) or len(defined) == 0:
             estimates[name] = Estimate(None)
@@ -159,17 +195,19 @@ def ratios(sums: Mapping[str, tuple[Floats, Floats]], seed: int = 0, resamples: 
     return estimates
 
 
-def _resampled(top_QK: Floats, bottom_QK: Floats, seed: int, resamples: int) -> Floats:
+def resampled(top_QK: Floats, bottom_QK: Floats, seed: int | Sequence[int], resamples: int) -> Floats:
     """The ratios of `resamples` draws of questions with replacement: [R, K], nan where undefined."""
     generator, num_questions = np.random.default_rng(seed), len(top_QK)
+    if num_questions == 0:
+        return np.full((resamples, top_QK.shape[1]), np.nan)
     even = np.full(num_questions, 1 / num_questions)
     size = max(1, _CHUNK // num_questions)
     parts = []
     for start in range(0, resamples, size):
         times_drawn_RQ = generator.multinomial(num_questions, even, min(size, resamples - start)).astype(float)
-        parts.append(_divide(times_drawn_RQ @ top_QK, times_drawn_RQ @ bottom_QK))
+        parts.append(divide(times_drawn_RQ @ top_QK, times_drawn_RQ @ bottom_QK))
     return np.concatenate(parts)
 
 
-def _divide(top: Floats, bottom: Floats) -> Floats:
+def divide(top: Floats, bottom: Floats) -> Floats:
     return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom != 0)

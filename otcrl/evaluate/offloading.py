@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from otcrl.evaluate.metrics import Correct, Estimate, is_right, ratios
+from otcrl.evaluate.attempts import Correct, is_right
+from otcrl.evaluate.metrics import Estimate, ratios
 from otcrl.types import Problem, Stop, Trajectory, count_calls
 
 Collect = Callable[[Sequence[Problem], str], Awaitable[list[Trajectory]]]  # problems, text put after the prompt

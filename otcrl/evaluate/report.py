@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from otcrl.errors import DataError
-from otcrl.evaluate.metrics import Correct, Estimate, Summary, by_source, summarize
+from otcrl.evaluate.attempts import Attempt, Correct, attempt, difficulty
+from otcrl.evaluate.metrics import Average, Estimate, Summary, average, figures
 from otcrl.evaluate.offloading import Offloading
 from otcrl.types import Metrics, Trajectory
 
@@ -33,6 +35,8 @@ OFFLOADING = {
     "under_call_of_all": "a call would have helped, of all",
 }
 WITH_INTERVAL = ("em", "f1", "tc", "tp")
+AVERAGED = {"em": "EM", "f1": "F1", "tc": "TC", "tp": "TP"}
+IN_DOMAIN, OUT_OF_DOMAIN, ALL = "in-domain", "out-of-domain", "all sets"
 COMPARED = {"em": "EM", "tc": "TC", "tp": "TP"}
 LOGGED = {"em": "accuracy", "f1": "f1", "tc": "tool_calls", "tp": "tool_productivity", "over_call": "over_call",
           "under_call": "under_call", "sampled_tokens": "sampled_tokens"}  # fmt: skip
@@ -44,6 +48,10 @@ class Report:
     sources: Mapping[str, Summary] = field(default_factory=dict)  # data set -> its figures
     counter: str  # which calls TC and TP count: a key of types.COUNTERS
     offloading: Offloading | None = None  # None: the passes were not run
+    temperature: float | None = None  # of sampling; 0: greedy. None: not told
+    in_domain: tuple[str, ...] = ()  # data sets; the others are out of domain. (): no such distinction is made
+    averages: Mapping[str, Average] = field(default_factory=dict)  # IN_DOMAIN, OUT_OF_DOMAIN, ALL -> over their sets
+    difficulty: Mapping[str, Mapping[str, Summary]] = field(default_factory=dict)  # data set -> how hard -> figures
 
     def tables(self) -> list[Table]:
         """Every figure by data set and overall, for a terminal; a table of which nothing is known is left out."""
@@ -57,20 +65,48 @@ class Report:
                 f"95 % bootstrap intervals over n questions (report.json has them all)\n"
                 f"calls: {self.counter}; void trajectories: {self.overall.void}"
             )
+        if any(len(levels) > 1 for levels in self.difficulty.values()):
+            tables.append(self._by_difficulty())
         return tables + ([self._offloading()] if self.offloading is not None else [])
 
     def _by_data_set(self, title: str, columns: Mapping[str, str]) -> Table:
         from rich import box
         from rich.table import Table
 
-        rows = [*self.sources.items(), ("overall", self.overall)]
         table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("data set", no_wrap=True)
         table.add_column("n", justify="right")
         for name, label in columns.items():
             table.add_column(label, justify="right", no_wrap=name in WITH_INTERVAL)
-        for source, summary in rows:
-            table.add_row(source, str(summary.questions), *(_cell(name, _estimate(summary, name)) for name in columns))
+        averages = self.averages if columns.keys() <= AVERAGED.keys() else {}
+        for domain, members in self.domains().items():
+            for source in members:
+                summary = self.sources[source]
+                cells = (_cell(name, _estimate(summary, name)) for name in columns)
+                table.add_row(source, str(summary.questions), *cells)
+            if found := averages.get(domain):
+                table.add_row(f"[i]{domain}, mean[/]", "", *(_cell(name, getattr(found, name)) for name in columns))
+        if self.in_domain and (found := averages.get(ALL)):
+            table.add_row(f"[i]{ALL}, mean[/]", "", *(_cell(name, getattr(found, name)) for name in columns))
+        cells = (_cell(name, _estimate(self.overall, name)) for name in columns)
+        table.add_row("overall", str(self.overall.questions), *cells)
+        return table
+
+    def domains(self) -> dict[str, list[str]]:
+        """IN_DOMAIN and OUT_OF_DOMAIN -> data sets; ALL -> all of them where no such distinction is made."""
+        return domains(list(self.sources), self.in_domain)
+
+    def _by_difficulty(self) -> Table:
+        from rich import box
+        from rich.table import Table
+
+        table = Table("data set", "difficulty", title="By difficulty", box=box.SIMPLE_HEAD, pad_edge=False)
+        for name in ("n", *COMPARED.values()):
+            table.add_column(name, justify="right")
+        for source, levels in self.difficulty.items():
+            for level, summary in levels.items():
+                cells = (_figure(name, _estimate(summary, name).value) for name in COMPARED)
+                table.add_row(source, level, str(summary.questions), *cells)
         return table
 
     def _offloading(self) -> Table:
@@ -91,6 +127,9 @@ class Report:
             for source, summary in rows
             for name, label in LOGGED.items()
         }
+        for domain, found in self.averages.items():
+            for name in AVERAGED:
+                named[f"eval/{re.sub(r'[- ]', '_', domain)}/{LOGGED[name]}"] = getattr(found, name).value
         return {name: value for name, value in named.items() if value is not None}
 
     def to_json(self) -> dict[str, object]:
@@ -130,14 +169,55 @@ def make_report(
     counter: str = "well_formed",
     offloading: Offloading | None = None,
     seed: int = 0,
+    *,
+    temperature: float | None = None,
+    in_domain: Sequence[str] = (),
+    difficulty_column: str | None = None,
 ) -> Report:
-    """The report of one evaluation's trajectories."""
+    """The report of one evaluation's trajectories; `difficulty_column`: see `attempts.difficulty`."""
+    sources: dict[str, list[Attempt]] = {}
+    levels: dict[str, dict[str, list[Attempt]]] = {}
+    for t in trajectories:
+        made, source, level = attempt(t, correct), t.problem.source, difficulty(t.problem, difficulty_column)
+        sources.setdefault(source, []).append(made)
+        if level is not None:
+            levels.setdefault(source, {}).setdefault(level, []).append(made)
+    groups = domains(list(sources), in_domain) | {ALL: list(sources)}
     return Report(
-        overall=summarize(trajectories, correct, counter, seed),
-        sources={name: summarize(own, correct, counter, seed) for name, own in by_source(trajectories).items()},
+        overall=figures([a for own in sources.values() for a in own], counter, seed),
+        sources={name: figures(own, counter, seed) for name, own in sources.items()},
         counter=counter,
         offloading=offloading,
+        temperature=temperature,
+        in_domain=tuple(name for name in sources if name in in_domain),
+        averages={
+            domain: average([sources[name] for name in members], counter, seed)
+            for domain, members in groups.items()
+            if len(members) > 1
+        },
+        difficulty={
+            name: {level: figures(own[level], counter, seed) for level in sorted(own, key=_place)}
+            for name, own in levels.items()
+        },
     )
+
+
+def domains(sources: Sequence[str], in_domain: Sequence[str]) -> dict[str, list[str]]:
+    """See `Report.domains`."""
+    if not any(name in in_domain for name in sources):
+        return {ALL: list(sources)}
+    inside, outside = (
+        [name for name in sources if name in in_domain],
+        [name for name in sources if name not in in_domain],
+    )
+    return {IN_DOMAIN: inside} | ({OUT_OF_DOMAIN: outside} if outside else {})
+
+
+def _place(level: str) -> tuple[bool, float, str]:
+    """Levels that are numbers in their order, then the others."""
+    head = level.split()[0] if level.split() else ""
+    is_number = head.replace(".", "", 1).isdigit()
+    return not is_number, float(head) if is_number else 0.0, level
 
 
 def before_after_table(before: Report, after: Report) -> Table:
@@ -215,6 +295,13 @@ def _report(data: Mapping) -> Report:
         sources={name: Summary(**_estimates(summary)) for name, summary in data["sources"].items()},
         counter=data["counter"],
         offloading=None if offloading is None else Offloading(**_estimates(offloading)),
+        temperature=data.get("temperature"),
+        in_domain=tuple(data.get("in_domain", ())),
+        averages={domain: Average(**_estimates(found)) for domain, found in data.get("averages", {}).items()},
+        difficulty={
+            name: {level: Summary(**_estimates(summary)) for level, summary in levels.items()}
+            for name, levels in data.get("difficulty", {}).items()
+        },
     )
 
 

@@ -12,7 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from otcrl.errors import DataError, ToolUnavailable
-from otcrl.protocols import Answer, Call, Calls, Completion, Dialect, Engine, Malformed, Tokenizer, Tool, ToolResult
+from otcrl.protocols import (
+    Answer,
+    Call,
+    Calls,
+    Completion,
+    Dialect,
+    Engine,
+    LooksUp,
+    Malformed,
+    Tokenizer,
+    Tool,
+    ToolResult,
+)
 from otcrl.types import Metrics, Outcome, Problem, Stop, ToolCall, Trajectory
 
 
@@ -44,7 +56,7 @@ class Limits:
 class Draft:
     """A trajectory in the making: four lists that grow together."""
 
-    token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
     action_mask: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -56,6 +68,12 @@ class Draft:
     begun: float = field(default_factory=time.monotonic)
     waits_for: ToolCall | None = None  # the call that runs, as it is recorded should it never come back
     deadline_s: float | None = None  # the one that it has passed
+
+    def open(self, prompt: list[int], opening: list[int]) -> None:
+        """Begins, or begins again, with a prompt and what is written for the policy after it."""
+        self.token_ids, self.action_mask, self.logprobs, self.versions = [*prompt, *opening], [], [], []
+        self.prompt_length = len(prompt)
+        self.pad()
 
     def inject(self, ids: list[int]) -> None:
         self.token_ids += ids
@@ -114,13 +132,10 @@ class Player:
 
         One that does not fit into the context, or that takes too long, is over: it never stops the others.
         """
-        draft = Draft(self.open(problem))
-        draft.prompt_length = len(draft.token_ids)
-        if opening:
-            draft.token_ids += self.tokenizer.encode(opening)
-        draft.pad()
+        draft = Draft()
+        draft.open(self.open(problem), self.tokenizer.encode(opening))
         try:
-            stop = await self._turns(draft, opening, temperature=temperature, seed=seed, session=session)
+            stop = await self._turns(problem, draft, opening, temperature=temperature, seed=seed, session=session)
         finally:
             self.engine.release(session)
             for tool in self.tools.values():
@@ -139,12 +154,14 @@ class Player:
             timings=draft.timings(),
         )
 
-    async def _turns(self, draft: Draft, opening: str, *, temperature: float, seed: int, session: str) -> Stop:
+    async def _turns(
+        self, problem: Problem, draft: Draft, opening: str, *, temperature: float, seed: int, session: str
+    ) -> Stop:
         """Turn after turn until one is the last, or the deadline passes."""
         deadline = asyncio.timeout(self.limits.timeout_s)
         try:
             async with deadline:
-                stop = None
+                stop = await self._look_up(problem, draft, opening, session)
                 while stop is None:
                     stop = await self._turn(draft, opening, temperature=temperature, seed=seed, session=session)
                     opening = ""
@@ -155,6 +172,18 @@ class Player:
             draft.deadline_s = self.limits.timeout_s
             draft.calls += [draft.waits_for] if draft.waits_for else []
             return Stop.VOID
+
+    async def _look_up(self, problem: Problem, draft: Draft, opening: str, session: str) -> Stop | None:
+        """What the dialect's prompt shows is looked up, and the prompt made with it."""
+        if not isinstance(self.dialect, LooksUp) or (call := self.dialect.look_up(problem)) is None:
+            return None
+        done = await self._call(draft, call, "", session)
+        draft.calls.append(done)
+        if done.outcome is Outcome.INFRA_ERROR:
+            return Stop.VOID
+        prompt = self.dialect.prompt_with(problem, self._cut(done.result))
+        draft.open(self.tokenizer.prompt_ids(prompt), self.tokenizer.encode(opening))
+        return None
 
     async def _turn(self, draft: Draft, opening: str, *, temperature: float, seed: int, session: str) -> Stop | None:
         """One completion and what it asks for. Returns why the trajectory is over, or None."""
@@ -223,6 +252,7 @@ class Player:
         return whole if shown == results else self.tokenizer.encode(self.dialect.observation(*shown))
 
     def _cut(self, result: str) -> str:
+        """As much of a result as the policy is shown."""
         ids = self.tokenizer.encode(result)
         if len(ids) <= self.limits.max_observation_tokens:
             return result

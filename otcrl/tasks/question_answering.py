@@ -31,6 +31,9 @@ class Passage(NamedTuple):
 class QuestionAnswering:
     train: Sequence[str] = ()  # files or hub data sets (`owner/name:split`) to practise on
     test: Sequence[str] = ()  # the same, for evaluation
+    in_domain: Sequence[
+        str
+    ] = ()  # names of evaluation sets whose like is trained on; reports tell them from the others
     max_train: int | None = None  # problems of each training source, a seeded subset; null: all
     max_test: int | None = None  # problems of each evaluation source; null: all
     reader: str = (
@@ -66,6 +69,10 @@ class QuestionAnswering:
         except (KeyError, IndexError, ValueError) as error:
             raise ConfigError(f"template may hold {{i}}, {{title}} and {{text}}, got {self.template!r}") from error
         check_unique([*self._train, *self._test], "task.train and task.test together")
+        sources = {problem.source for problem in (*self._train, *self._test)}
+        for name in self.in_domain if self.train else ():  # who only evaluates may leave sets out
+            if name not in sources:
+                raise ConfigError(f"in_domain: there is no data set {name!r}.{nearest(name, sources)}")
 
     # -- problems ------------------------------------------------------------------------------------
 

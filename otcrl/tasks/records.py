@@ -12,6 +12,7 @@ import logging
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".tsv")
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<split>\w+(\[[\w:%]+\])?))?")
+_GIVEN_NAME = re.compile(r"[\w.-]+")
 
 
 def read_rows(source: str, required: Iterable[str] = ()) -> Iterator[dict[str, object]]:
@@ -44,12 +46,15 @@ def read_problems(
 ) -> list[Problem]:
     """The problems of one file or hub data set, in its order; a seeded subset of `limit` where it has more.
 
-    `Problem.id` is `source/split/id`; columns that the reader does not use are kept in `meta`. Raises DataError; rows
-    that are no problem are left out, and their number logged, only where the caller asks for it.
+    `Problem.id` is `source/split/id`; columns that the reader does not use are kept in `meta`. `name=FILE` names the
+    source of all rows, else a row or the file does. Raises DataError; rows that are no problem are left out, and their
+    number logged, only where the caller asks for it.
     """
+    given, source = given_name(source)
     name, split = source_and_split(source)
     read = records(read_rows(source), source, skip_bad_rows, reader)
-    problems = [to_problem(record, row, name, split, position, where) for position, where, row, record in read]
+    named = ((at, where, row, replace(record, source=given or record.source)) for at, where, row, record in read)
+    problems = [to_problem(record, row, name, split, position, where) for position, where, row, record in named]
     if not problems:
         raise DataError(f"{source} holds no problem.")
     check_unique(problems, source)
@@ -119,6 +124,14 @@ def shuffled_epochs(length: int, start: int, count: int, seed: str) -> list[int]
 @lru_cache(maxsize=8)
 def _epoch(length: int, seed: str) -> list[int]:
     return random.Random(seed).sample(range(length), length)
+
+
+def given_name(source: str) -> tuple[str | None, str]:
+    """`nq=dir/file.jsonl` -> (nq, dir/file.jsonl); (None, source) where no name is given, or a file is called so."""
+    name, is_named, rest = source.partition("=")
+    if is_named and _GIVEN_NAME.fullmatch(name) and not Path(source).is_file():
+        return name, rest
+    return None, source
 
 
 def source_and_split(source: str) -> tuple[str, str]:

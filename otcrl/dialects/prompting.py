@@ -1,0 +1,88 @@
+"""How systems that were not trained with tools are prompted: directly, with a chain of thought, RAG and IRCoT.
+
+The answer stands in Search-R1's tags. Where the instructions hold {passages}, a tool is asked the question before the
+policy writes anything, and the prompt shows what it found: retrieval-augmented generation, one call. With
+`each_sentence` every line that the policy writes is a query too (IRCoT, arXiv:2212.10509): a line, its passages, the
+next line. There the passages of all queries are gathered above the reasoning, and the prompt is made anew for each
+sentence; here they stand after the sentence that found them, so that tokens are only ever appended.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from otcrl.dialects.search_r1 import SearchR1
+from otcrl.errors import ConfigError, nearest
+from otcrl.protocols import Action, Answer, Call, Malformed, Tool
+from otcrl.types import Problem
+
+PASSAGES, LINE = "{passages}", "\n"
+PLACE = re.compile(r"\{question\}|\{passages\}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompting:
+    instructions: str  # holds {question}; may hold {passages}
+    observation_template: str  # holds {result}: the passages of a sentence, or what was wrong with it
+    tool: str  # finds passages
+    each_sentence: bool  # True: for each line that the policy writes; False: for the question alone
+
+    def __post_init__(self) -> None:
+        _ = self._tags  # refuses instructions without {question}
+        if self.each_sentence and PASSAGES not in self.instructions:
+            raise ValueError(f"instructions must hold {PASSAGES} with each_sentence, got {self.instructions!r}")
+
+    @property
+    def _tags(self) -> SearchR1:
+        return SearchR1(
+            instructions=self.instructions, observation_template=self.observation_template, require_think=False
+        )
+
+    @property
+    def ends_with_stop_token(self) -> bool:
+        return False  # </answer> is a stop string
+
+    def stop(self, tools: Mapping[str, Tool]) -> Sequence[str]:
+        """Raises ConfigError when there is no tool to find the passages."""
+        if PASSAGES in self.instructions and self.tool not in tools:
+            raise ConfigError(f"dialect.tool is {self.tool!r}, which is not in tools.{nearest(self.tool, tools)}")
+        return [*self._tags.stop({}), *([LINE] if self.each_sentence else [])]
+
+    def look_up(self, problem: Problem) -> Call | None:
+        return Call(self.tool, problem.question) if PASSAGES in self.instructions else None
+
+    def prompt(self, problem: Problem, tools: Mapping[str, Tool]) -> str:
+        return self.prompt_with(problem, "")
+
+    def prompt_with(self, problem: Problem, found: str) -> str:
+        values = {"{question}": problem.question, PASSAGES: found}
+        return PLACE.sub(lambda place: values[place[0]], self.instructions)
+
+    def parse(self, text: str, tools: Mapping[str, Tool]) -> Action:
+        """The answer, or with `each_sentence` the line as a query. The policy has no tools of its own."""
+        action = self._tags.parse(text, {})
+        if isinstance(action, Answer | Malformed) or not self.each_sentence or LINE not in text:
+            return action
+        return Call(self.tool, text.strip()) if text.strip() else Malformed("The line is empty. Write a sentence.")
+
+    def observation(self, result: str) -> str:
+        return self._tags.observation(result)
+
+    def violations(self, sampled_turns: Sequence[str], tools: Mapping[str, Tool]) -> tuple[str, ...]:
+        return self._tags.violations(sampled_turns, {})
+
+    def write_call(self, tool: str, arguments: str) -> str:
+        if not self.each_sentence:
+            raise ConfigError("in this dialect the policy makes no calls: choose another one to demonstrate them in")
+        return f"{' '.join(arguments.split())}{LINE}"
+
+    def write_answer(self, text: str) -> str:
+        return self._tags.write_answer(text)
+
+    def open_call(self, tool: str) -> str:
+        raise ConfigError("in this dialect no text opens a call, so none can be forced: set evaluate.offloading=false")
+
+    def open_answer(self) -> str:
+        return self._tags.open_answer()

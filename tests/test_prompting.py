@@ -1,0 +1,235 @@
+"""Systems without RL: what they are shown, what they may write, and what counts as a call of theirs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from otcrl.compose import compose
+from otcrl.construct import construct
+from otcrl.dialects.prompting import Prompting
+from otcrl.errors import ConfigError, EngineError
+from otcrl.presets import find_preset
+from otcrl.protocols import Answer, Call, Completion, Dialect, Malformed, Nothing, ToolResult
+from otcrl.rollout.loop import Limits, Player
+from otcrl.types import Outcome, Problem, Stop, Trajectory, count_calls
+from tests.test_rollout import Search
+from tests.tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer(".\n", "</answer>")
+PROBLEM = Problem(id="toy/test/0", question="Who wrote {passages}?", answers=("b",), source="toy")
+LIMITS = Limits(
+    max_calls=3, max_turns=5, max_tokens=400, max_turn_tokens=100, max_observation_tokens=30, tool_timeout_s=0.2
+)
+
+
+def dialect(name: str) -> Dialect:
+    config = compose([f"dialect={name}"], preset=find_preset("quickstart"))
+    return construct(config["dialect"], "dialect")
+
+
+class Script:
+    """An engine that says its lines in order; what ends in no stop string has ended by itself."""
+
+    version, context = 3, 1000
+
+    def __init__(self, *lines: str) -> None:
+        self.lines = list(lines)
+        self.prompts: list[list[int]] = []
+        self.stops: list[Sequence[str]] = []
+
+    async def generate(self, token_ids: Sequence[int], *, stop: Sequence[str], **settings: object) -> Completion:
+        self.prompts.append(list(token_ids))
+        self.stops.append(stop)
+        ids = TOKENIZER.encode(self.lines.pop(0))
+        return Completion(ids, [-0.25] * len(ids), [self.version] * len(ids), True)
+
+    async def score(self, token_ids: Sequence[int]) -> list[float]:
+        raise EngineError("it only says its lines")
+
+    def release(self, session: str) -> None: ...
+
+    async def sleep(self) -> None: ...
+
+    async def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+def play(name: str, engine: Script, tool: Search | None, limits: Limits = LIMITS, opening: str = "") -> Trajectory:
+    tools = {} if tool is None else {"search": tool}
+    player = Player(engine=engine, tokenizer=TOKENIZER, dialect=dialect(name), tools=tools, limits=limits)
+    return asyncio.run(player.play(PROBLEM, temperature=0.0, seed=0, session="s", opening=opening))
+
+
+def sampled(t: Trajectory) -> str:
+    return TOKENIZER.decode([i for i, acted in zip(t.token_ids, t.action_mask, strict=True) if acted])
+
+
+ANSWER = "<answer> b </answer>"
+
+
+# -- direct, chain of thought ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["direct", "cot"])
+def test_without_retrieval_the_prompt_holds_the_question_and_one_turn_is_all(name: str) -> None:
+    tool = Search()
+    t = play(name, engine := Script(f"So: {ANSWER}"), tool)
+    assert (t.stop, t.answer, t.tool_calls, tool.asked) == (Stop.ANSWERED, "b", (), [])
+    assert TOKENIZER.decode(engine.prompts[0]).endswith("Question: Who wrote {passages}?")
+    assert engine.stops == [["</answer>"]]
+
+
+@pytest.mark.parametrize("name", ["direct", "cot", "rag"])
+def test_the_policy_has_no_tool_even_where_there_is_one(name: str) -> None:
+    tool = Search()
+    t = play(name, Script(f"<search> q </search> {ANSWER}", ANSWER), tool)
+    assert t.tool_calls[-1].outcome is Outcome.INVALID
+    assert "q" not in tool.asked
+
+
+def test_an_answer_that_never_comes_is_none() -> None:
+    t = play("direct", Script("b"), None)
+    assert (t.stop, t.answer) == (Stop.INVALID, None)
+
+
+# -- RAG ------------------------------------------------------------------------------------------------
+
+
+def test_rag_puts_the_passages_of_the_question_into_the_prompt_and_counts_one_call() -> None:
+    tool = Search(result="Doc 1: {question}")
+    t = play("rag", engine := Script(ANSWER), tool)
+    assert tool.asked == [PROBLEM.question]
+    prompt = TOKENIZER.decode(engine.prompts[0])
+    assert "Passages:\nDoc 1: {question}\n" in prompt  # what a passage or a question spells out is no place to fill
+    assert prompt.endswith("Question: Who wrote {passages}?")
+    assert (count_calls(t, "well_formed"), t.answer, t.response) == (1, "b", ANSWER)
+
+
+def test_passages_are_no_actions_and_every_token_is_as_the_engine_saw_it() -> None:
+    t = play("rag", engine := Script(ANSWER), Search(result="<answer> c </answer>"))
+    assert sampled(t) == ANSWER
+    assert t.token_ids[: len(engine.prompts[0])] == engine.prompts[0]
+    assert not any(t.action_mask[: len(engine.prompts[0])])
+    assert t.answer == "b"  # one that stands in a passage earns nothing
+
+
+def test_passages_are_cut_to_the_limit_of_observations() -> None:
+    t = play("rag", engine := Script(ANSWER), Search(result="first\n" + "x" * 100))
+    assert "Passages:\nfirst\n\nQuestion" in TOKENIZER.decode(engine.prompts[0])
+    assert t.stop is Stop.ANSWERED
+
+
+def test_the_look_up_comes_before_what_is_written_for_the_policy() -> None:
+    t = play("rag", engine := Script("b </answer>"), Search(), opening="<answer>")
+    assert TOKENIZER.decode(engine.prompts[0]).endswith("?<answer>")
+    assert (t.answer, sampled(t)) == ("b", "b </answer>")
+
+
+def test_a_look_up_that_fails_makes_the_trajectory_void_and_one_that_is_refused_is_shown() -> None:
+    down = play("rag", Script(), Search(error="connection refused"))
+    assert (down.stop, down.tool_calls[0].outcome, sampled(down)) == (Stop.VOID, Outcome.INFRA_ERROR, "")
+    late = play("rag", Script(), Search(seconds=60), replace(LIMITS, tool_timeout_s=30, timeout_s=0.05))
+    assert (late.stop, late.tool_calls[0].outcome) == (Stop.VOID, Outcome.INFRA_ERROR)
+    assert late.timings["deadline_s"] == 0.05
+    refused = play("rag", engine := Script(ANSWER), Search(result="too long", outcome=Outcome.MODEL_ERROR))
+    assert "too long" in TOKENIZER.decode(engine.prompts[0])
+    assert count_calls(refused, "failed") == 1
+
+
+def test_rag_without_a_tool_to_ask_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"dialect\.tool is 'search', which is not in tools"):
+        dialect("rag").stop({})
+    assert list(dialect("direct").stop({})) == ["</answer>"]
+
+
+# -- IRCoT ----------------------------------------------------------------------------------------------
+
+
+def test_ircot_searches_with_the_question_and_then_with_every_sentence() -> None:
+    tool = Search(result="found")
+    t = play("ircot", engine := Script("One leads to two.\n", "Two is b.\n", ANSWER), tool)
+    assert tool.asked == [PROBLEM.question, "One leads to two.", "Two is b."]
+    assert (t.stop, t.answer, count_calls(t, "well_formed"), t.violations) == (Stop.ANSWERED, "b", 3, ())
+    assert t.response == "One leads to two.\n\nPassages:\nfound\n\nTwo is b.\n\nPassages:\nfound\n\n" + ANSWER
+    assert sampled(t) == "One leads to two.\nTwo is b.\n" + ANSWER
+    for earlier, later in zip(engine.prompts, engine.prompts[1:], strict=False):
+        assert later[: len(earlier)] == earlier  # tokens are only ever appended
+
+
+def test_ircot_ends_at_its_budget_of_rounds() -> None:
+    t = play("ircot", Script(*["More.\n"] * 5), tool := Search())
+    assert (t.stop, len(tool.asked), count_calls(t, "well_formed")) == (Stop.MAX_CALLS, 3, 3)
+
+
+def test_ircot_that_ends_its_text_without_an_answer_is_over() -> None:
+    t = play("ircot", Script("I do not know"), tool := Search())
+    assert (t.stop, t.answer, len(tool.asked)) == (Stop.INVALID, None, 1)
+
+
+def test_an_empty_line_is_no_query() -> None:
+    t = play("ircot", Script("\n", ANSWER), tool := Search())
+    assert (t.answer, len(tool.asked), count_calls(t, "invalid")) == ("b", 1, 1)
+
+
+IRCOT = Prompting(
+    instructions="{passages} {question}", observation_template="[{result}]", tool="search", each_sentence=True
+)
+plain = st.text(st.characters(blacklist_characters="<>", blacklist_categories=("Cs", "Cc", "Z")), min_size=1)
+
+
+@given(plain)
+def test_what_is_written_as_a_sentence_is_read_as_a_query(text: str) -> None:
+    assert IRCOT.parse(IRCOT.write_call("search", text), {}) == Call("search", text)
+    assert IRCOT.parse(IRCOT.write_answer(text), {}) == Answer(text)
+    assert IRCOT.write_answer(text).startswith(IRCOT.open_answer())
+    assert IRCOT.parse(text, {}) == Nothing()
+
+
+def test_an_answer_that_is_not_closed_is_malformed() -> None:
+    assert isinstance(IRCOT.parse("<answer> b\n", {}), Malformed)
+
+
+# -- what cannot be --------------------------------------------------------------------------------------
+
+
+def test_each_sentence_needs_a_place_for_the_passages_and_every_prompt_one_for_the_question() -> None:
+    with pytest.raises(ValueError, match=r"instructions must hold \{passages\} with each_sentence"):
+        replace(IRCOT, instructions="{question}")
+    with pytest.raises(ValueError, match=r"instructions must hold \{question\}"):
+        replace(IRCOT, instructions="{passages}")
+    with pytest.raises(ValueError, match=r"observation_template must hold \{result\}"):
+        replace(IRCOT, observation_template="")
+
+
+def test_no_call_can_be_forced_or_demonstrated_where_there_are_none() -> None:
+    with pytest.raises(ConfigError, match=r"evaluate\.offloading=false"):
+        IRCOT.open_call("search")
+    with pytest.raises(ConfigError, match="the policy makes no calls"):
+        replace(IRCOT, each_sentence=False).write_call("search", "q")
+
+
+def test_prompted_tool_use_names_every_tool_and_reads_calls_as_search_r1_does() -> None:
+    class Python(Search):
+        name, description = "python", "computes"
+
+        async def run(self, arguments: str, session: str) -> ToolResult:
+            return ToolResult("4")
+
+    tools = {"search": Search(), "python": Python()}
+    text = dialect("tir").prompt(PROBLEM, tools)
+    assert "<search> ... </search>: finds\n<python> ... </python>: computes\n" in text
+    assert dialect("tir").parse("<python> 2 + 2 </python>", tools) == Call("python", "2 + 2")
+
+
+def test_mathematics_without_a_tool_answers_in_a_box() -> None:
+    alone = dialect("cot_math")
+    assert list(alone.stop({})) == []
+    assert alone.parse(r"so \boxed{4}", {}) == Answer("4")
