@@ -24,7 +24,7 @@ from otcrl.learner.learner import Learner
 from otcrl.learner.proof import Proof
 from otcrl.learner.thread import LearnerThread
 from otcrl.loggers import Loggers
-from otcrl.loggers.jsonl import JsonlLogger
+from otcrl.loggers.jsonl import JsonlLogger, drop_from
 from otcrl.loggers.progress import Bars
 from otcrl.models.critic import Critic
 from otcrl.presets import conf_dir
@@ -33,6 +33,7 @@ from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Limits, Player
 from otcrl.rollout.schedule import Rollouts, Schedule
 from otcrl.rollout.stream import Stream
+from otcrl.rollout.transcripts import Transcripts
 from otcrl.sft import Sft, batch
 from otcrl.tools.retrieval.corpus import Passage
 from otcrl.train import Loop, Run
@@ -235,6 +236,8 @@ def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
     wired = {"name": cfg["name"], "folder": folder, "config": cfg}
     extra = [construct(section, f"logger.{key}", **wired) for key, section in cfg["logger"].items()]
     loggers: list[Logger] = [JsonlLogger(folder / "metrics.jsonl", resume_step=first_step), *extra]
+    transcripts = Transcripts(path=folder / "transcripts.jsonl", tokenizer=world.tokenizer)
+    drop_from(transcripts.path, first_step)  # what a resumed run writes again
     return Run(
         task=world.task,
         collector=collector,
@@ -249,6 +252,7 @@ def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
         thread=LearnerThread(),
         logger=Loggers(loggers),
         loop=loop,
+        transcripts=transcripts,
         folder=folder,
         bars=bars,
     )

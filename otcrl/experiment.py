@@ -13,12 +13,13 @@ from rich import get_console
 
 from otcrl import checkpoint
 from otcrl.errors import nearest
+from otcrl.evaluate.metrics import is_right
 from otcrl.evaluate.offloading import Offloading, offloading
 from otcrl.evaluate.report import FILE, Report, before_after_table, make_report
 from otcrl.loggers.jsonl import JsonlLogger
 from otcrl.protocols import Dialect, Task
 from otcrl.rollout.collect import Collector
-from otcrl.rollout.transcripts import write_transcripts
+from otcrl.rollout.transcripts import Transcript, Transcripts
 from otcrl.sft import Sft, train_sft
 from otcrl.train import Bars, Run, publish, train
 from otcrl.types import COUNTERS, Metrics, Problem, Trajectory
@@ -170,6 +171,13 @@ async def measure(
         )
     found = make_report(trajectories, task.correct, config.counter, offloaded)
     found.save(folder)
-    (folder / "transcripts.jsonl").unlink(missing_ok=True)
-    write_transcripts(folder / "transcripts.jsonl", 0, [(t, None) for t in trajectories])
+    transcripts = Transcripts(path=folder / "transcripts.jsonl", tokenizer=collector.player.tokenizer)
+    transcripts.path.unlink(missing_ok=True)
+    transcripts.write(
+        0,
+        [
+            Transcript(trajectory=t, group=number, correct=is_right(t, task.correct))
+            for number, t in enumerate(trajectories)
+        ],
+    )
     return found
