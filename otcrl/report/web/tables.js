@@ -23,7 +23,7 @@ function table(rows, columns, options = {}) {
     head.append(h("th", { scope: "col", class: column.number ? "number" : null, title: column.title }, label));
   });
   fill();
-  const caption = options.caption ? h("caption", {}, options.caption) : null;
+  const caption = options.caption ? h("caption", {}, h("span", {}, options.caption)) : null;
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": options.caption ?? "table" },
     h("table", {}, caption, h("thead", {}, head), body), more);
 }
