@@ -35,50 +35,73 @@ function key(run) {
  * areas from the first up), sync (charts that share a cursor), pick (called with the x that was clicked on).
  */
 function chart(lines, options) {
-  const values = h("dl", { class: "values" });
   const plot = h("div", { class: "plot", tabindex: 0, role: "img" });
-  const at = h("span", { class: "at" });
-  const card = h("figure", { class: "chart" }, h("figcaption", {}, h("h3", {}, options.title), at, note(options.note)), values, plot);
   const shown = lines.filter((line) => line.y.some((value) => value !== null && value !== undefined));
+  const legend = legendOf(shown, options);
+  const title = h("figcaption", {}, h("h3", {}, options.title), legend.at, note(options.note));
+  const card = h("figure", { class: "chart" }, title, legend.values, plot);
   if (!shown.length) {
     plot.replaceWith(h("p", { class: "empty" }, "not logged"));
     return card;
   }
-  const aligned = uPlot.join(shown.map((line) => [line.x, line.y]));
   plot.setAttribute("aria-label", inWords(shown, options));
-  const cells = shown.map((line) => {
-    const value = h("dd", {});
-    const mark = line.run === undefined ? swatch(line) : key(line.run);
-    values.append(h("div", {}, h("dt", {}, mark, h("span", { class: "of" }, line.label)), value));
-    return value;
-  });
-  const tell = (place) => {
-    shown.forEach((line, k) => (cells[k].textContent = (options.format ?? figure)(valueAt(aligned, k + 1, place))));
-    at.textContent = place === null || place === undefined ? "" : where(aligned[0][place]);
-  };
-  const where = (x) => (options.x === "minutes" ? `minute ${x.toFixed(1)}` : `step ${x}`);
-  tell(null);
+  const aligned = uPlot.join(shown.map((line) => [line.x, line.y]));
+  const tell = (place) => legend.tell(aligned, place);
   let drawing = null;
-  const redraw = () => {
-    const width = Math.max(plot.clientWidth, 120);
+  const draw = () => {
     drawing?.destroy();
-    drawing = new uPlot(settings(shown, options, width, tell), options.stacked ? stacked(aligned) : aligned, plot);
+    drawing = new uPlot(
+      settings(shown, options, widthOf(plot), tell),
+      options.stacked ? stacked(aligned) : aligned,
+      plot,
+    );
   };
-  const resize = () => (drawing ? drawing.setSize({ width: Math.max(plot.clientWidth, 120), height: HEIGHT }) : redraw());
+  const resize = () => (drawing ? drawing.setSize({ width: widthOf(plot), height: HEIGHT }) : draw());
   new ResizeObserver(() => plot.isConnected && plot.clientWidth && resize()).observe(plot);
-  drawn.add({ redraw: () => drawing && redraw(), host: plot });
+  drawn.add({ redraw: () => drawing && draw(), host: plot });
+  tell(null);
+  listen(
+    plot,
+    () => drawing,
+    aligned[0],
+    options,
+    () => say(legend.said()),
+  );
+  return card;
+}
+
+const widthOf = (plot) => Math.max(plot.clientWidth, 120);
+
+/** What the lines are called and their values where the cursor is, or else the last ones. */
+function legendOf(lines, options) {
+  const at = h("span", { class: "at" });
+  const cells = lines.map(() => h("dd", {}));
+  const mark = (line) => (line.run === undefined ? swatch(line) : key(line.run));
+  const entry = (line, k) => h("div", {}, h("dt", {}, mark(line), h("span", { class: "of" }, line.label)), cells[k]);
+  const tell = (aligned, place) => {
+    cells.forEach((cell, k) => (cell.textContent = (options.format ?? figure)(valueAt(aligned, k + 1, place))));
+    at.textContent = place === null || place === undefined ? "" : whereText(aligned[0][place], options);
+  };
+  const said = () => `${at.textContent}: ${lines.map((line, k) => `${line.label} ${cells[k].textContent}`).join(", ")}`;
+  return { at, values: h("dl", { class: "values" }, lines.map(entry)), tell, said };
+}
+
+const whereText = (x, options) => (options.x === "minutes" ? `minute ${x.toFixed(1)}` : `step ${x}`);
+
+/** Arrow keys move the cursor; a click or Enter picks where it is. */
+function listen(plot, drawing, xs, options, moved) {
+  const place = () => drawing()?.cursor.idx ?? null;
+  const pick = () => options.pick && place() !== null && options.pick(xs[place()]);
+  plot.addEventListener("click", pick);
   plot.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    const place = drawing?.cursor.idx ?? aligned[0].length - 1;
-    if (event.key === "Enter" && options.pick) options.pick(aligned[0][place]);
-    if (!step || !drawing) return;
+    if (event.key === "Enter") pick();
+    if (!step || !drawing()) return;
     event.preventDefault();
-    const next = Math.min(Math.max(place + step, 0), aligned[0].length - 1);
-    drawing.setCursor({ left: drawing.valToPos(aligned[0][next], "x"), top: HEIGHT / 2 });
-    say(`${where(aligned[0][next])}: ${shown.map((line, k) => `${line.label} ${cells[k].textContent}`).join(", ")}`);
+    const next = Math.min(Math.max((place() ?? xs.length - 1) + step, 0), xs.length - 1);
+    drawing().setCursor({ left: drawing().valToPos(xs[next], "x"), top: HEIGHT / 2 });
+    moved();
   });
-  if (options.pick) plot.addEventListener("click", () => drawing && drawing.cursor.idx !== null && options.pick(aligned[0][drawing.cursor.idx]));
-  return card;
 }
 
 const note = (text) => (text ? h("p", { class: "note" }, text) : null);
@@ -103,10 +126,24 @@ function settings(lines, options, width, tell) {
     height: HEIGHT,
     legend: { show: false },
     padding: [8, 10, 0, 0],
-    scales: { x: { time: false, range: options.stacked ? aroundBars : undefined }, y: { range: options.stacked ? [0, 1] : (_, low, high) => limits(low, high, options.zero) } },
+    scales: {
+      x: { time: false, range: options.stacked ? aroundBars : undefined },
+      y: { range: options.stacked ? [0, 1] : (_, low, high) => limits(low, high, options.zero) },
+    },
     axes: [
-      { ...axis, size: 26, space: 60, incrs: options.x === "minutes" ? undefined : WHOLE, splits: options.stacked ? someSteps : undefined },
-      { ...axis, size: 46, space: 34, values: (_, ticks) => ticks.map(options.format === percent ? percentText : axisText) },
+      {
+        ...axis,
+        size: 26,
+        space: 60,
+        incrs: options.x === "minutes" ? undefined : WHOLE,
+        splits: options.stacked ? someSteps : undefined,
+      },
+      {
+        ...axis,
+        size: 46,
+        space: 34,
+        values: (_, ticks) => ticks.map(options.format === percent ? percentText : axisText),
+      },
     ],
     cursor: {
       y: false,

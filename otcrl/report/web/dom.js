@@ -27,7 +27,9 @@ function labelled(text, control) {
 
 /** A select of [value, text] pairs. */
 function choice(pairs, value, onchange, attributes) {
-  const options = pairs.map(([each, text]) => h("option", { value: each, selected: String(each) === String(value) }, text));
+  const options = pairs.map(([each, text]) =>
+    h("option", { value: each, selected: String(each) === String(value) }, text),
+  );
   return h("select", { ...attributes, onchange: (event) => onchange(event.target.value) }, options);
 }
 
@@ -45,7 +47,10 @@ function figure(value, digits = 3) {
 }
 
 /** With so many decimals, whatever its size: numbers in a column line up. */
-const fixed = (digits) => (value) => (value === null || value === undefined ? NOTHING : value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits }));
+const fixed = (digits) => (value) =>
+  value === null || value === undefined
+    ? NOTHING
+    : value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 
 const percent = (value) => (value === null || value === undefined ? NOTHING : `${(100 * value).toFixed(1)} %`);
 

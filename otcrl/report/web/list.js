@@ -18,10 +18,21 @@ function virtualList(label, row, chosen) {
     room.replaceChildren(...rows);
     box.setAttribute("aria-activedescendant", at >= first && at < last ? `${id}-${at}` : "");
   };
-  const option = (k) => h("div", {
-    id: `${id}-${k}`, class: "row", role: "option", "aria-selected": String(k === at), "aria-posinset": k + 1, "aria-setsize": items.length,
-    style: { top: `${k * ROW}px` }, onclick: () => select(k, true),
-  }, row(items[k]));
+  const option = (k) =>
+    h(
+      "div",
+      {
+        id: `${id}-${k}`,
+        class: "row",
+        role: "option",
+        "aria-selected": String(k === at),
+        "aria-posinset": k + 1,
+        "aria-setsize": items.length,
+        style: { top: `${k * ROW}px` },
+        onclick: () => select(k, true),
+      },
+      row(items[k]),
+    );
   const select = (k, isClick = false) => {
     at = k;
     if (k >= 0) {
@@ -35,7 +46,9 @@ function virtualList(label, row, chosen) {
   box.addEventListener("scroll", fill, { passive: true });
   box.addEventListener("keydown", (event) => {
     const page = Math.max(1, Math.floor(box.clientHeight / ROW) - 1);
-    const step = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity }[event.key];
+    const step = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -Infinity, End: Infinity }[
+      event.key
+    ];
     if (!step || !items.length) return;
     event.preventDefault();
     select(Math.min(Math.max(at + step, 0), items.length - 1));

@@ -21,11 +21,17 @@ const OFFLOADING = [
 function summaryPage(page) {
   page.append(
     h("h2", {}, "Summary"),
-    table(report.runs.map((run, k) => ({ run, k })), runColumns(), { caption: "Runs" }),
+    table(
+      report.runs.map((run, k) => ({ run, k })),
+      runColumns(),
+      { caption: "Runs" },
+    ),
     ...evaluationTables(),
     differences(),
     h("h3", {}, "Settings"),
-    ...report.runs.map((run) => h("details", {}, h("summary", {}, run.name), h("pre", { tabindex: 0 }, run.config || "no config.yaml"))),
+    ...report.runs.map((run) =>
+      h("details", {}, h("summary", {}, run.name), h("pre", { tabindex: 0 }, run.config || "no config.yaml")),
+    ),
   );
 }
 
@@ -34,13 +40,28 @@ const named = (run, k) => h("span", { class: "run" }, key(k), " ", h("span", { c
 function runColumns() {
   const seconds = (run) => metric(run, "time/step_s").reduce((sum, value) => sum + (value ?? 0), 0);
   const done = (run) => metric(run, "time/step_s").filter((value) => value !== null).length;
-  const about = ["task", "model", "algo", "reward", "engine", "seed"].filter((name) => report.runs.some((run) => run.about[name]));
+  const about = ["task", "model", "algo", "reward", "engine", "seed"].filter((name) =>
+    report.runs.some((run) => run.about[name]),
+  );
   return [
     { label: "run", cell: ({ run, k }) => named(run, k) },
     ...about.map((name) => ({ label: name, text: ({ run }) => run.about[name] ?? NOTHING })),
-    { label: "steps", number: true, text: ({ run }) => (run.steps === null || run.steps === done(run) ? String(done(run)) : `${done(run)} of ${run.steps}`) },
+    {
+      label: "steps",
+      number: true,
+      text: ({ run }) =>
+        run.steps === null || run.steps === done(run) ? String(done(run)) : `${done(run)} of ${run.steps}`,
+    },
     { label: "time", number: true, title: "spent in training steps", text: ({ run }) => duration(seconds(run)) },
-    { label: "trajectories", number: true, title: "in the transcripts", text: ({ run }) => Object.values(run.splits).reduce((a, b) => a + b, 0).toLocaleString("en") },
+    {
+      label: "trajectories",
+      number: true,
+      title: "in the transcripts",
+      text: ({ run }) =>
+        Object.values(run.splits)
+          .reduce((a, b) => a + b, 0)
+          .toLocaleString("en"),
+    },
   ];
 }
 
@@ -51,9 +72,14 @@ function evaluationTables() {
   const sources = [...new Set(rows.flatMap((row) => Object.keys(row.evaluation.sources)))];
   const show = (source) => host.replaceChildren(evaluations(rows, source));
   show("");
-  const chooser = sources.length > 1
-    ? h("div", { class: "bar" }, labelled("Data set", choice([["", "all together"], ...sources.map((name) => [name, name])], "", show)))
-    : null;
+  const chooser =
+    sources.length > 1
+      ? h(
+          "div",
+          { class: "bar" },
+          labelled("Data set", choice([["", "all together"], ...sources.map((name) => [name, name])], "", show)),
+        )
+      : null;
   return [h("h3", {}, "Evaluations"), chooser, host, ...offloadingTables(rows)];
 }
 
@@ -63,16 +89,31 @@ function evaluations(rows, source) {
   const value = (name) => (row) => of(row)[name].value;
   const present = EVALUATED.filter(([name]) => there.some((row) => value(name)(row) !== null));
   const counter = [...new Set(there.map((row) => row.evaluation.counter))].join(", ");
-  return table(there, [
-    { label: "run", value: (row) => row.run.name, cell: (row) => named(row.run, row.k) },
-    { label: "evaluation", value: (row) => row.evaluation.name, text: (row) => row.evaluation.name },
-    { label: "n", number: true, title: "questions", text: (row) => of(row).questions.toLocaleString("en") },
-    ...present.map(([name, label, title, form]) => ({
-      label, title, number: true, value: value(name),
-      cell: (row) => (form || name === "optimum" ? (form ?? figure)(value(name)(row)) : interval(of(row)[name], reach(there.map(of), name), row.k, name)),
-    })),
-    { label: "void", number: true, title: "attempts that infrastructure spoilt", text: (row) => String(of(row).void) },
-  ], { caption: `Evaluations with 95 % bootstrap intervals over questions. Calls that count: ${counter}.` });
+  return table(
+    there,
+    [
+      { label: "run", value: (row) => row.run.name, cell: (row) => named(row.run, row.k) },
+      { label: "evaluation", value: (row) => row.evaluation.name, text: (row) => row.evaluation.name },
+      { label: "n", number: true, title: "questions", text: (row) => of(row).questions.toLocaleString("en") },
+      ...present.map(([name, label, title, form]) => ({
+        label,
+        title,
+        number: true,
+        value: value(name),
+        cell: (row) =>
+          form || name === "optimum"
+            ? (form ?? figure)(value(name)(row))
+            : interval(of(row)[name], reach(there.map(of), name), row.k, name),
+      })),
+      {
+        label: "void",
+        number: true,
+        title: "attempts that infrastructure spoilt",
+        text: (row) => String(of(row).void),
+      },
+    ],
+    { caption: `Evaluations with 95 % bootstrap intervals over questions. Calls that count: ${counter}.` },
+  );
 }
 
 /** From 0 to the highest end of an interval in the column. */
@@ -82,30 +123,54 @@ const reach = (summaries, name) => Math.max(...summaries.map((summary) => summar
 function interval(estimate, end, run, name) {
   if (estimate.value === null) return name === "tp" ? "no calls" : NOTHING;
   const at = (value) => `${(100 * value) / end}%`;
-  const bar = h("div", { class: "interval", "aria-hidden": "true", style: { color: `var(--run-${run % 6})` } },
-    h("span", { class: "reach", style: { left: at(estimate.low), width: `${(100 * (estimate.high - estimate.low)) / end}%` } }),
-    h("span", { class: "tick", style: { left: at(estimate.value) } }));
-  return [h("div", { class: "value" }, figure(estimate.value)), h("div", { class: "limits" }, `${figure(estimate.low)} to ${figure(estimate.high)}`), bar];
+  const bar = h(
+    "div",
+    { class: "interval", "aria-hidden": "true", style: { color: `var(--run-${run % 6})` } },
+    h("span", {
+      class: "reach",
+      style: { left: at(estimate.low), width: `${(100 * (estimate.high - estimate.low)) / end}%` },
+    }),
+    h("span", { class: "tick", style: { left: at(estimate.value) } }),
+  );
+  return [
+    h("div", { class: "value" }, figure(estimate.value)),
+    h("div", { class: "limits" }, `${figure(estimate.low)} to ${figure(estimate.high)}`),
+    bar,
+  ];
 }
 
 function offloadingTables(rows) {
   const measured = rows.filter((row) => row.evaluation.offloading);
   if (!measured.length) return [];
   const column = ([name, label]) => ({
-    label, number: true, value: (row) => row.evaluation.offloading[name].value,
+    label,
+    number: true,
+    value: (row) => row.evaluation.offloading[name].value,
     cell: (row) => interval(row.evaluation.offloading[name], 1, row.k, name),
   });
-  return [table(measured, [
-    { label: "run", cell: (row) => named(row.run, row.k) },
-    { label: "evaluation", text: (row) => row.evaluation.name },
-    ...OFFLOADING.map(column),
-  ], { caption: "Cognitive offloading: calls for what the policy knows, and guesses at what a call would have told it" })];
+  return [
+    table(
+      measured,
+      [
+        { label: "run", cell: (row) => named(row.run, row.k) },
+        { label: "evaluation", text: (row) => row.evaluation.name },
+        ...OFFLOADING.map(column),
+      ],
+      {
+        caption: "Cognitive offloading: calls for what the policy knows, and guesses at what a call would have told it",
+      },
+    ),
+  ];
 }
 
 function differences() {
   if (!report.differences.length) return null;
-  return table(report.differences, [
-    { label: "setting", text: (row) => row[0] },
-    ...report.runs.map((run, k) => ({ label: run.name, text: (row) => row[k + 1] ?? NOTHING })),
-  ], { caption: "Settings that differ", page: 12 });
+  return table(
+    report.differences,
+    [
+      { label: "setting", text: (row) => row[0] },
+      ...report.runs.map((run, k) => ({ label: run.name, text: (row) => row[k + 1] ?? NOTHING })),
+    ],
+    { caption: "Settings that differ", page: 12 },
+  );
 }

@@ -11,11 +11,22 @@ function table(rows, columns, options = {}) {
   const more = h("button", { type: "button", class: "more", onclick: () => ((shown += options.page), fill()) });
   let [sort, down, shown] = [options.sort ?? null, options.down ?? false, options.page ?? Infinity];
   const fill = () => {
-    const ordered = sort === null ? rows : [...rows].sort((a, b) => compare(columns[sort].value(a), columns[sort].value(b), down));
-    body.replaceChildren(...ordered.slice(0, shown).map((row) => h("tr", {}, columns.map((column, k) => cell(row, column, k)))));
+    const ordered =
+      sort === null ? rows : [...rows].sort((a, b) => compare(columns[sort].value(a), columns[sort].value(b), down));
+    body.replaceChildren(
+      ...ordered.slice(0, shown).map((row) =>
+        h(
+          "tr",
+          {},
+          columns.map((column, k) => cell(row, column, k)),
+        ),
+      ),
+    );
     more.hidden = rows.length <= shown;
     more.textContent = `Show more of ${rows.length.toLocaleString("en")}`;
-    columns.forEach((_, k) => head.children[k].setAttribute("aria-sort", k !== sort ? "none" : down ? "descending" : "ascending"));
+    columns.forEach((_, k) =>
+      head.children[k].setAttribute("aria-sort", k !== sort ? "none" : down ? "descending" : "ascending"),
+    );
   };
   columns.forEach((column, k) => {
     const by = () => ([sort, down] = [k, k === sort ? !down : Boolean(column.number)]) && fill();
@@ -24,13 +35,21 @@ function table(rows, columns, options = {}) {
   });
   fill();
   const caption = options.caption ? h("caption", {}, h("span", {}, options.caption)) : null;
-  return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": options.caption ?? "table" },
-    h("table", {}, caption, h("thead", {}, head), body), more);
+  return h(
+    "div",
+    { class: "scroll", tabindex: 0, role: "region", "aria-label": options.caption ?? "table" },
+    h("table", {}, caption, h("thead", {}, head), body),
+    more,
+  );
 }
 
 function cell(row, column, place) {
   const content = column.cell ? column.cell(row) : column.text(row);
-  return h(place === 0 ? "th" : "td", { class: column.number ? "number" : null, scope: place === 0 ? "row" : null }, content);
+  return h(
+    place === 0 ? "th" : "td",
+    { class: column.number ? "number" : null, scope: place === 0 ? "row" : null },
+    content,
+  );
 }
 
 /** Nothing comes last, whichever way. */

@@ -15,35 +15,52 @@ async function pane(i, beside) {
   const t = await detail(i);
   const { text, answers } = question(i);
   const sampled = { next: 0 }; // number of the next sampled token
-  const body = h("div", { class: "tokens", tabindex: 0, role: "group", "aria-label": "Text. Arrow keys go from token to token." },
-    t.segments.map((segment) => segmentBlock(segment, t, sampled)));
+  const body = h(
+    "div",
+    { class: "tokens", tabindex: 0, role: "group", "aria-label": "Text. Arrow keys go from token to token." },
+    t.segments.map((segment) => segmentBlock(segment, t, sampled)),
+  );
   body.addEventListener("keydown", (event) => walk(event, body));
   body.tokens = { t, spread: spread(t) };
   paint(body);
-  return h("article", { class: "pane", "aria-label": beside ?? "Trajectory" },
+  return h(
+    "article",
+    { class: "pane", "aria-label": beside ?? "Trajectory" },
     beside ? h("p", { class: "beside" }, beside) : null,
     h("h3", { class: "question" }, text),
     facts(i, t, answers),
     body,
-    unseen(t));
+    unseen(t),
+  );
 }
 
 function facts(i, t, answers) {
   const fact = (label, value) => (value === null ? null : h("div", {}, h("dt", {}, label), h("dd", {}, value)));
   const parts = Object.entries(t.parts).map(([name, value]) => `${name} ${figure(value)}`);
-  const tokens = t.total === null ? null : `${columns.sampled[i]} sampled of ${t.total}${t.prompt === null ? "" : `, prompt ${t.prompt}`}`;
-  const seconds = Object.entries(t.timings).filter(([, value]) => value).map(([name, value]) => `${name.replace(/_s$/, "")} ${duration(value)}`);
-  return h("dl", { class: "facts" },
+  const tokens =
+    t.total === null
+      ? null
+      : `${columns.sampled[i]} sampled of ${t.total}${t.prompt === null ? "" : `, prompt ${t.prompt}`}`;
+  const seconds = Object.entries(t.timings)
+    .filter(([, value]) => value)
+    .map(([name, value]) => `${name.replace(/_s$/, "")} ${duration(value)}`);
+  return h(
+    "dl",
+    { class: "facts" },
     fact("outcome", outcomeMark(i)),
     fact("answer", t.answer === null ? h("em", {}, "none") : t.answer),
     fact("gold", answers.join(" · ")),
     fact("calls", String(columns.calls[i])),
-    fact("reward", columns.reward[i] === null ? null : `${figure(columns.reward[i])}${parts.length ? ` (${parts.join(", ")})` : ""}`),
+    fact(
+      "reward",
+      columns.reward[i] === null ? null : `${figure(columns.reward[i])}${parts.length ? ` (${parts.join(", ")})` : ""}`,
+    ),
     fact("tokens", tokens),
     fact("time", seconds.length ? seconds.join(", ") : null),
     fact("from", `${report.runs.length > 1 ? `${report.runs[columns.run[i]].name}, ` : ""}${occasion(i)}`),
     fact("ended", columns.stop[i].replace("_", " ")),
-    fact("violations", t.violations.length ? t.violations.join("; ") : null));
+    fact("violations", t.violations.length ? t.violations.join("; ") : null),
+  );
 }
 
 function outcomeMark(i) {
@@ -65,20 +82,34 @@ function segmentTitle(name, call, t) {
   const [tool, outcome, seconds, cached, price] = call === null ? [] : t.calls[call];
   if (name === "observation") return call === null ? name : `observation ${call + 1}`;
   if (name !== "call") return name;
-  const words = [`call ${call + 1}`, tool || "malformed", outcome.replace("_", " "), cached ? "cached" : duration(seconds)];
+  const words = [
+    `call ${call + 1}`,
+    tool || "malformed",
+    outcome.replace("_", " "),
+    cached ? "cached" : duration(seconds),
+  ];
   return [...words, ...(price ? [`price ${figure(price)}`] : [])].join(" · ");
 }
 
 /** What calls came to whose result the policy was never shown. */
 function unseen(t) {
   const lost = t.calls.map((call, k) => [call, k]).filter(([call]) => call[5]);
-  return lost.length ? h("div", {}, lost.map(([call, k]) => h("p", { class: "note" }, `call ${k + 1}, ${call[0]}, ${call[1].replace("_", " ")}: ${call[5]}`))) : null;
+  return lost.length
+    ? h(
+        "div",
+        {},
+        lost.map(([call, k]) =>
+          h("p", { class: "note" }, `call ${k + 1}, ${call[0]}, ${call[1].replace("_", " ")}: ${call[5]}`),
+        ),
+      )
+    : null;
 }
 
 // -- tokens --------------------------------------------------------------------------------------------------
 
 /** Of sampled token `k`; null where it is not known. A number holds for all of them. */
-const ofToken = (values, k) => (values === undefined || values === null ? null : typeof values === "number" ? values : values[k] ?? null);
+const ofToken = (values, k) =>
+  values === undefined || values === null ? null : typeof values === "number" ? values : (values[k] ?? null);
 
 /** The largest advantage either way and the newest version: what the tints are scaled by. */
 function spread(t) {
@@ -92,7 +123,8 @@ function strength(t, k, limit) {
   const value = ofToken(t[tint], k);
   if (value === null) return [0, "+"];
   if (tint === "logprobs") return [Math.min(4, Math.round(-value)), "-"];
-  if (tint === "advantages") return [limit.advantages ? Math.ceil((4 * Math.abs(value)) / limit.advantages) : 0, value < 0 ? "-" : "+"];
+  if (tint === "advantages")
+    return [limit.advantages ? Math.ceil((4 * Math.abs(value)) / limit.advantages) : 0, value < 0 ? "-" : "+"];
   if (tint === "ratios") return [Math.min(4, Math.round(Math.abs(Math.log(value)) / 0.1)), value < 1 ? "-" : "+"];
   return [Math.min(4, limit.versions - value), "-"];
 }
@@ -111,13 +143,25 @@ function setTint(value) {
 }
 
 /** A token's text with what cannot be seen in it written out. */
-const visible = (text) => (text === "" ? "(part of a character)" : JSON.stringify(text).replace(/[\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g, (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`));
+const visible = (text) =>
+  text === ""
+    ? "(part of a character)"
+    : JSON.stringify(text).replace(
+        /[\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g,
+        (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`,
+      );
 
 /** [label, value] of what is known of a token. */
 function tokenFacts(token) {
   const { t } = token.closest(".tokens").tokens;
-  if (token.dataset.k === "") return [["token", visible(token.textContent)], ["mask", "0, injected"]];
-  const [logprob, advantage, ratio, version] = ["logprobs", "advantages", "ratios", "versions"].map((name) => ofToken(t[name], +token.dataset.k));
+  if (token.dataset.k === "")
+    return [
+      ["token", visible(token.textContent)],
+      ["mask", "0, injected"],
+    ];
+  const [logprob, advantage, ratio, version] = ["logprobs", "advantages", "ratios", "versions"].map((name) =>
+    ofToken(t[name], +token.dataset.k),
+  );
   if (t.logprobs === undefined) return [["text", "its tokens were not recorded"]];
   return [
     ["token", visible(token.textContent)],
@@ -132,7 +176,13 @@ function tokenFacts(token) {
 function showTip(token) {
   const tip = byId("tip");
   const known = tokenFacts(token);
-  tip.replaceChildren(h("dl", {}, known.map(([label, value]) => h("div", {}, h("dt", {}, label), h("dd", {}, value)))));
+  tip.replaceChildren(
+    h(
+      "dl",
+      {},
+      known.map(([label, value]) => h("div", {}, h("dt", {}, label), h("dd", {}, value))),
+    ),
+  );
   tip.hidden = false;
   document.querySelector(".t.current")?.classList.remove("current");
   token.classList.add("current");
@@ -162,7 +212,11 @@ function walk(event, body) {
   const at = tokens.findIndex((token) => token.classList.contains("current"));
   const next = tokens[Math.min(Math.max(at + step, 0), tokens.length - 1)];
   next.scrollIntoView({ block: "nearest" });
-  say(showTip(next).map((fact) => fact.join(" ")).join(", "));
+  say(
+    showTip(next)
+      .map((fact) => fact.join(" "))
+      .join(", "),
+  );
 }
 
 function watchTokens() {
