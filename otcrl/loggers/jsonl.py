@@ -20,9 +20,7 @@ class JsonlLogger:
 
     def __init__(self, path: Path, resume_step: int | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            kept = [line for line in whole_lines(path) if resume_step is None or json.loads(line)["step"] < resume_step]
-            rewrite(path, kept)
+        drop_from(path, resume_step)
         self.file = path.open("a", encoding="utf-8")
 
     def log(self, metrics: Metrics, step: int) -> None:
@@ -34,13 +32,16 @@ class JsonlLogger:
         self.file.close()
 
 
+def drop_from(path: Path, step: int | None) -> None:
+    """Leaves the whole lines of the steps before `step` (None: of all). A kill in between leaves the old file."""
+    if not path.exists():
+        return
+    beside = path.with_name(f"{path.name}.tmp")
+    with beside.open("w", encoding="utf-8") as kept:
+        kept.writelines(line for line in whole_lines(path) if step is None or json.loads(line)["step"] < step)
+    os.replace(beside, path)
+
+
 def whole_lines(path: Path) -> Iterator[str]:
     with path.open(encoding="utf-8") as file:
         yield from (line for line in file if line.endswith("\n"))
-
-
-def rewrite(path: Path, lines: list[str]) -> None:
-    """All of it or nothing: a kill in between leaves the old file."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text("".join(lines), encoding="utf-8")
-    os.replace(beside, path)
