@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from otcrl.errors import ConfigError, DataError, nearest
 from otcrl.tasks.catalogue import CATALOGUE, Published
@@ -143,7 +142,7 @@ def line(problem: Problem, name: str, gold: list[str]) -> dict[str, object]:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[IO[bytes]]:
+def whole(path: Path) -> Iterator[gzip.GzipFile]:
     """A gzip file that gets its name when all of it is written; the same content is the same bytes."""
     part = path.with_name(f"{path.name}.part")
     try:
@@ -154,5 +153,5 @@ def whole(path: Path) -> Iterator[IO[bytes]]:
         part.unlink(missing_ok=True)
 
 
-def put(file: IO[bytes], row: Mapping[str, object]) -> None:
+def put(file: gzip.GzipFile, row: Mapping[str, object]) -> None:
     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")

@@ -12,6 +12,7 @@ import yaml
 
 from otcrl.evaluate.report import make_report
 from otcrl.loggers.jsonl import JsonlLogger
+from otcrl.protocols import Chat, Text
 from otcrl.rollout.transcripts import Signal, Transcript, Transcripts
 from otcrl.types import Outcome, Problem, Reward, Stop, ToolCall, Trajectory
 
@@ -37,7 +38,8 @@ class WordTokenizer:
     words: list[str] = field(default_factory=list)
     places: dict[str, int] = field(default_factory=dict)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: Text) -> list[int]:
+        assert isinstance(text, str)
         found = re.findall(r"\s*\S+|\s+", text)
         for word in found:
             if word not in self.places:
@@ -48,10 +50,13 @@ class WordTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.words[token] for token in ids)
 
-    def prompt_ids(self, prompt: str) -> list[int]:
+    def prompt_ids(self, prompt: Text) -> list[int]:
         return self.encode(prompt)
 
-    pad_id = 0
+    def rewrites(self, reply: Chat) -> str:
+        return ""
+
+    pad_id = end_id = 0
     stop_ids = frozenset[int]()
     vocab_size = 0
 

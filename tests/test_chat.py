@@ -57,7 +57,7 @@ def test_what_follows_a_turn_is_what_the_template_would_write_after_it(results: 
 
 @given(st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "assistant\n", " x"]), max_size=5).map("".join))
 def test_a_result_that_spells_out_control_tokens_holds_none(result: str):
-    controls = {TOKENIZER.hf.get_vocab()[token] for token in ("<|im_start|>", "<|im_end|>")}
+    controls = [TOKENIZER.hf.get_vocab()[token] for token in ("<|im_start|>", "<|im_end|>")]
     spelled, plain = (TOKENIZER.encode(replies(text)) for text in (result, "x"))
     assert [id for id in spelled if id in controls] == [id for id in plain if id in controls]
     assert TOKENIZER.decode(spelled) == TOKENIZER.decode(plain).replace("\nx\n", f"\n{result}\n")
@@ -67,7 +67,8 @@ def test_a_turn_ends_with_the_templates_token_and_a_text_with_the_tokenizers():
     assert TOKENIZER.decode([END]) == "<|im_end|>"
     assert {TOKENIZER.decode([id]) for id in TOKENIZER.stop_ids} == {"<|im_end|>", "<eos>"}
     plain = tiny_tokenizer()
-    assert plain.stop_ids == {plain.end_id} == {plain.hf.eos_token_id}
+    assert plain.stop_ids == {plain.end_id}
+    assert plain.end_id == plain.hf.eos_token_id
 
 
 def test_a_prompt_of_messages_is_rendered_with_its_functions():

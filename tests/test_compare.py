@@ -31,9 +31,10 @@ from otcrl.evaluate.report import ALL, IN_DOMAIN, OUT_OF_DOMAIN, Report, make_re
 from otcrl.evaluate.runs import changed_settings, evaluations, find, labels, parameters, steps
 from otcrl.evaluate.training import em_curve, time_to, training
 from otcrl.rewards.matching import exact_match
-from otcrl.rollout.transcripts import write_transcripts
+from otcrl.rollout.transcripts import Transcript, Transcripts
 from otcrl.types import Outcome, Problem, Stop, Trajectory
 from tests.make import trajectory
+from tests.runs import WordTokenizer
 
 SHARES = ("more_efficient", "less_efficient", "more_accurate", "less_accurate", "unchanged")
 
@@ -48,6 +49,14 @@ def answered(name: str, right: bool, calls: int, stop: Stop = Stop.ANSWERED) -> 
     meta = {"level": question[-1]}
     problem = Problem(f"{source}/test/{question}", f"{question}?", ("yes",), source, meta=meta)
     return trajectory(right=right, calls=calls, of=problem, stop=stop)
+
+
+def write(path: Path, trajectories: Sequence[Trajectory], judged: Callable[[Trajectory], float] | None = None) -> None:
+    transcripts = Transcripts(path=path, tokenizer=WordTokenizer(words=["a", "b", "c"]))
+    found = [
+        Transcript(trajectory=t, group=i, correct=judged(t) if judged else None) for i, t in enumerate(trajectories)
+    ]
+    transcripts.write(0, found)
 
 
 def attempts(*trajectories: Trajectory) -> list[Attempt]:
@@ -309,7 +318,7 @@ def save(
         report = make_report(trajectories, correct, temperature=0.0, in_domain=["nq"], difficulty_column="level")
         change(report).save(folder)
         judged = partial(is_right, correct=correct)
-        write_transcripts(folder / "transcripts.jsonl", 0, [(t, None) for t in trajectories], judged)
+        write(folder / "transcripts.jsonl", trajectories, judged)
     (run / "config.yaml").write_text(yaml.safe_dump({"name": run.name, "run_dir": str(run), **(settings or {})}))
     if rows:
         lines = [json.dumps({"step": step, **row}) for step, row in enumerate(rows)]
@@ -348,7 +357,7 @@ def test_transcripts_give_back_the_attempts_that_the_report_was_made_of(runs: tu
 
 
 def test_transcripts_that_cannot_say_who_was_right_are_refused(tmp_path: Path) -> None:
-    write_transcripts(tmp_path / "transcripts.jsonl", 0, [(RUN[0], None)])
+    write(tmp_path / "transcripts.jsonl", RUN[:1])
     with pytest.raises(DataError, match="line 1 does not say whether its answer is right"):
         read_attempts(tmp_path)
     row = json.loads((tmp_path / "transcripts.jsonl").read_text())

@@ -225,6 +225,7 @@ def test_prompted_tool_use_names_every_tool_and_reads_calls_as_search_r1_does() 
 
     tools = {"search": Search(), "python": Python()}
     text = dialect("tir").prompt(PROBLEM, tools)
+    assert isinstance(text, str)
     assert "<search> ... </search>: finds\n<python> ... </python>: computes\n" in text
     assert dialect("tir").parse("<python> 2 + 2 </python>", tools) == Call("python", "2 + 2")
 

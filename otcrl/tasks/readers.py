@@ -404,7 +404,8 @@ def _truth(row: Row) -> object:
 def _content(row: Row, place: int) -> str:
     prompt = row["prompt"]
     listed = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
-    content = prompt[place].get("content") if listed and isinstance(prompt[place], Mapping) else None
+    message = prompt[place] if isinstance(prompt, Sequence) and listed else None
+    content = message.get("content") if isinstance(message, Mapping) else None
     if not isinstance(content, str):
         raise Wrong("prompt", "a list of messages {role, content}", prompt)
     return content
