@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +36,13 @@ from otcrl.types import Problem, pack
 
 TURN, OBSERVATION, CALLS, GROUP = 100, 250, 3, 8  # tokens, tokens, calls, trajectories
 PASSAGES = Path(__file__).parents[1] / "tests/data/tiny_qa/corpus.jsonl"
-FAST = 20_000  # sampled tokens per second: an assumption, what one H100 may give for a small model
+PLAN = (  # the same step of the paper's smallest search model on one H100, all its trajectories in flight
+    *("conf=smollm2_search", "engine=vllm", "model=Qwen/Qwen2.5-3B-Instruct", "model.dtype=bfloat16", "gpu=h100-80gb"),
+    *("loop.problems_per_step=64", f"rollout.group_size={GROUP}", "rollout.concurrency=512", "calls=3", "tool_s=0"),
+    *("prompt_tokens=205", "sampled_tokens=400", "observed_tokens=750", "rollout.limits.max_tokens=2048"),
+    *("engine.max_sequences=512", "engine.context=4096", "engine.gpu_memory=0.7", "learner.micro_tokens=8192"),
+    "offload=cpu",
+)
 WORDS = "the capital of a country that lies between two rivers was named after its founder and a hill nearby".split()
 
 
@@ -146,8 +155,17 @@ async def one_step(player: Player, count: int, step: int) -> Cost:
     return Cost(count, *(after - before for before, after in pairwise(times)))
 
 
+def planned_step_s() -> float:
+    """What `otcrl plan` estimates: 60 % of memory bandwidth in decoding, 50 and 40 % of FLOP/s elsewhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        command = [sys.executable, "-m", "otcrl", "plan", *PLAN, f"json={path}"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return json.loads(path.read_text())["seconds"]["step"]
+
+
 def measure(model: str, counts: Sequence[int], rounds: int, cpu_s_per_token: float | None) -> tuple[list[Row], float]:
-    """Rows, and the share of a fast step at 512 trajectories. `cpu_s_per_token`: of a whole step on this machine."""
+    """Rows, and the share of a step on a GPU at 512 trajectories. `cpu_s_per_token`: of a whole step on this CPU."""
     tokenizer = HFTokenizer(hf=AutoTokenizer.from_pretrained(model), chat=False)
     player = make_player(tokenizer, observations(tokenizer, CALLS * max(counts)))
     asyncio.run(one_step(player, 64, 0))  # warm
@@ -161,11 +179,11 @@ def measure(model: str, counts: Sequence[int], rounds: int, cpu_s_per_token: flo
     for name in ("rollout", "reward", "pack"):
         rows.append(row("overhead", f"512 trajectories, {name}", 1e3 * getattr(at, name) / at.count, "ms a trajectory"))
     rows.append(row("overhead", "512 trajectories", at.each * at.count, "s a step"))
-    fast_s = at.count * sampled * 2 / FAST
-    rows.append(row("overhead", f"a fast step: {FAST} sampled tokens/s, an update as long (assumed)", fast_s, "s"))
-    rows.append(row("overhead", "share of a fast step", at.each * at.count / fast_s, "share"))
+    planned_s = planned_step_s()
+    rows.append(row("overhead", "a step of Qwen2.5-3B on one H100, as `otcrl plan` estimates it", planned_s, "s"))
+    rows.append(row("overhead", "share of that step", at.each * at.count / planned_s, "share"))
     if cpu_s_per_token is not None:
         here_s = at.count * sampled * cpu_s_per_token
         rows.append(row("overhead", "a step on this CPU, from the one measured (part trl)", here_s, "s"))
         rows.append(row("overhead", "share of a step on this CPU", at.each * at.count / here_s, "share"))
-    return rows, at.each * at.count / fast_s
+    return rows, at.each * at.count / planned_s

@@ -261,6 +261,7 @@ def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
     algo = construct(cfg["algo"], "algo")
     correction = construct_as(Correction, cfg["correction"], "correction")
     reward = construct(cfg["reward"], "reward", correct=world.task.correct, tool_names=tuple(world.tools))
+    health = construct_as(Health, cfg["health"], "health")
     engine = build_engine(cfg, world)
     collector = build_collector(cfg, world, engine)
     check_group_size(collector.group_size, algo, reward)
@@ -271,7 +272,6 @@ def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
         check_demonstrations(world)
     folder = Path(cfg["resume"]) if cfg["resume"] else first_makes_folder(cfg)
     wired = {"name": cfg["name"], "folder": folder, "config": cfg}
-    health = construct_as(Health, cfg["health"], "health")
     if first_step and (folder / "metrics.jsonl").is_file():
         rows = (json.loads(line) for line in whole_lines(folder / "metrics.jsonl"))
         health.hear(row for row in rows if row["step"] < first_step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -263,7 +264,11 @@ DATA = {
     "a line that is no JSON": ("train.jsonl", ROW + '{"id": "b" "question"}\n', ", line 2: expected one JSON object"),
     "a missing column": ("train.jsonl", '{"id": "a", "text": "Who?"}\n', ", row 1: there is no column 'question'."),
     "no rows": ("train.jsonl", "", " holds no rows."),
-    "an empty question": ("train.jsonl", ROW + ROW.replace("Who?", " ").replace("a", "b"), "question must be a text"),
+    "an empty question": (
+        "train.jsonl",
+        ROW + ROW.replace("Who?", " ").replace('"a"', '"b"'),
+        "question must be a text",
+    ),
     "the wrong suffix": ("train.csv", ROW, " must end in one of .jsonl, .jsonl.gz, .json, .parquet, .tsv, got '.csv'"),
     "too long for the context": (
         "train.jsonl",
@@ -313,9 +318,15 @@ def test_a_model_that_cannot_be_used_is_refused(model: Path, tmp_path: Path, cap
 def test_a_loss_of_nan_names_step_and_batch_and_the_run_goes_on_from_its_last_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    words = [*ATLAS, f"run_dir={tmp_path / 'run'}", "loop.steps=4", f"reward._target_={__name__}.Poisoned"]
+    words = [
+        *ATLAS,
+        f"run_dir={tmp_path / 'run'}",
+        "loop.steps=4",
+        f"reward._target_={__name__}.Poisoned",
+        "learner.max_skipped=0",
+    ]
     why = refusal(capsys, "train", *words, code=1)
-    assert why.startswith("loss is nan at step 2, mini-batch 0 (rows [")
+    assert re.match(r"loss is nan, .* at step 2, mini-batch 0 \(rows \[", why)
     assert steps(tmp_path / "run") == [0, 1]
     assert checkpoints(tmp_path / "run") == ["step-000001", "step-000002"]
     saved = tmp_path / "run/checkpoints/step-000002/run.json"

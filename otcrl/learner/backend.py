@@ -24,7 +24,7 @@ class Backend(Protocol):
 
     @property
     def in_step(self) -> bool:
-        """True when a pass needs all ranks, so that each must make as many as the others."""
+        """True when a pass needs all ranks, so that each makes as many as the others, and one at least."""
         ...
 
     def __call__(self, *inputs: Any) -> Any:

@@ -83,12 +83,13 @@ class DeepSpeed:
 class DeepSpeedBackend:
     """See `Backend`. With bfloat16 or float16 weights the optimizer has float32 ones."""
 
+    in_step = True
+
     def __init__(
         self, module: nn.Module, function: Forward, optimizer: Optimizer, max_grad_norm: float, settings: DeepSpeed
     ) -> None:
         deepspeed = imported()
         self.module = module
-        self.in_step = settings.zero_stage > 1
         self._stage = settings.zero_stage
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         idle = torch.optim.AdamW(self._trained.values(), lr=0.0)

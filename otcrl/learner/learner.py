@@ -122,13 +122,13 @@ class Learner:
         old, ref, values = (torch.zeros_like(batch.sampler_logprobs) for _ in range(3))
         needed = recompute or self._reference is not None or self.critic is not None
         for each in self._passes(batch, batch.action_mask.any(1)) if needed else ():
-            width = each.rows.token_ids.shape[1]
+            place = each.index[: len(each.index) * each.counts], slice(each.rows.token_ids.shape[1])
             if recompute:
-                old[each.index, :width] = self._logprobs(self.backends["policy"], each)[0].to(old)
+                old[place] = self._logprobs(self.backends["policy"], each)[0][: len(place[0])].to(old)
             if self._reference is not None:
-                ref[each.index, :width] = self._logprobs(self._reference, each)[0].to(ref)
+                ref[place] = self._logprobs(self._reference, each)[0][: len(place[0])].to(ref)
             if self.critic is not None:
-                values[each.index, :width] = self._values(each).to(values)
+                values[place] = self._values(each)[: len(place[0])].to(values)
         if needed:
             dist.add([old, ref, values], "log-probs of the step's batch")
         old = old if recompute else batch.sampler_logprobs

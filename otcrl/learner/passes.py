@@ -19,9 +19,9 @@ def passes(
     """(a pass, whether it counts); what does not count has the first two tokens of row 0, see `idle_mask`."""
     micros = reader.micros(token_ids_BT, mask_BT, max_tokens, dist.rank(), dist.size())
     most = 0
-    if dist.size() > 1 and backend.in_step:
+    if backend.in_step:
         micros = list(micros)
-        most = dist.largest(len(micros), "counting forward passes")
+        most = max(1, dist.largest(len(micros), "counting forward passes"))
     count = 0
     for micro in micros:
         stop_if_cancelled()

@@ -135,7 +135,7 @@ def vocabulary(config: Config) -> int:
 
 def read_training(config: Config, settings: Settings, work: Work) -> Training:
     model, learner = config["model"], config["learner"]
-    deepspeed = learner.get("deepspeed") or {}
+    deepspeed = learner["deepspeed"] if learner.get("backend") == "deepspeed" else {}
     several = settings.nodes * settings.gpus > 1
     zero = first(settings.zero, deepspeed.get("zero_stage"), 2 if several else 0)
     offload = first(settings.offload, deepspeed.get("offload"), "none")
