@@ -266,7 +266,7 @@ DATA = {
     "no rows": ("train.jsonl", "", " holds no rows."),
     "an empty question": (
         "train.jsonl",
-        ROW + ROW.replace("Who?", " ").replace('"a"', '"b"'),
+        ROW + ROW.replace("Who?", " ").replace('"a"', "2"),
         "question must be a text",
     ),
     "the wrong suffix": ("train.csv", ROW, " must end in one of .jsonl, .jsonl.gz, .json, .parquet, .tsv, got '.csv'"),

@@ -109,7 +109,7 @@ def test_charts_are_drawn_anew_when_light_turns_to_dark(open_, report):
 
 
 def until(page: Any, expression: str) -> None:
-    """Playwright's own `wait_for_function` evaluates in the page, which the report's content security policy forbids."""
+    """Playwright's own `wait_for_function` evaluates in the page, which the report's security policy forbids."""
     give_up = time.monotonic() + 20
     while not page.evaluate(expression):
         assert time.monotonic() < give_up, expression
