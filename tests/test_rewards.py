@@ -7,11 +7,13 @@ from dataclasses import replace
 from math import cos, pi, sin
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from otcrl.construct import construct
 from otcrl.errors import ConfigError
+from otcrl.presets import conf_dir
 from otcrl.protocols import RewardFn
 from otcrl.rewards.behaviour import BehaviourReward, factor
 from otcrl.rewards.cost import Price, cost
@@ -167,6 +169,18 @@ def test_an_unknown_choice_is_refused_by_name(name, value):
         otc(**{name: value})
 
 
+@pytest.mark.parametrize("path", sorted(conf_dir().glob("reward/*.yaml")), ids=lambda path: path.stem)
+def test_every_yaml_is_a_reward(path):
+    settings = yaml.safe_load(path.read_text()) | ({"max_tokens": 1000} if path.stem == "overlong" else {})
+    reward = construct(settings, "reward", correct=correct, tool_names=("search",))
+    of = problem(answer="<think> paris </think>")
+    (scored,) = reward([[trajectory(of=of), trajectory(of=of, right=False)]])
+    assert scored[0].value > scored[1].value
+    assert reward.needs_groups is False
+    again = construct(settings, "reward", correct=correct, tool_names=("search",))
+    again.load_state_dict(reward.state_dict())
+
+
 # -- OTC: products, sums, schedules, prices ----------------------------------------------------------------
 
 
@@ -266,6 +280,29 @@ def test_a_price_for_a_tool_that_is_not_there_is_refused_with_the_nearest_name()
         construct(section, "price", tool_names=("search", "python"))
     with pytest.raises(ConfigError, match=r"price: tools.search must be 0 or more, got -1.0"):
         construct(section | {"tools": {"search": -1.0}}, "price", tool_names=("search", "python"))
+
+
+attempts = st.lists(st.tuples(st.booleans(), st.integers(0, 4)), min_size=1, max_size=6)
+
+
+@given(attempts, st.randoms(), st.sampled_from(["ppo", "grpo"]), st.sampled_from(["global", "local"]))
+def test_the_order_of_siblings_and_of_groups_does_not_matter(attempts, rng, form, scope):
+    group = [trajectory(right=right, calls=calls) for right, calls in attempts]
+    other = [trajectory(calls=2, of=problem("nq/train/1"))]
+    order = rng.sample(range(len(group)), len(group))
+    straight, _ = values(otc(form, scope=scope), group, other)
+    _, shuffled = values(otc(form, scope=scope), other, [group[i] for i in order])
+    assert shuffled == [straight[i] for i in order]
+
+
+@given(attempts)
+def test_a_right_answer_with_the_fewest_calls_earns_the_most_and_a_wrong_one_nothing(attempts):
+    found = values(otc("grpo"), [trajectory(right=right, calls=calls) for right, calls in attempts])[0]
+    least = min((calls for right, calls in attempts if right), default=None)
+    for value, (right, calls) in zip(found, attempts, strict=True):
+        assert value == (0 if not right else pytest.approx(1) if calls == least else value)
+        assert 0 <= value <= 1 + 1e-9
+        assert right == (value > 0)
 
 
 def test_only_the_local_n_needs_siblings():
