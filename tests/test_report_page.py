@@ -151,6 +151,24 @@ def test_the_summary_shows_every_evaluation_with_its_interval(open_, report):
     assert "seed" in summary.locator("table", has_text="Settings that differ").inner_text()
 
 
+def test_an_evaluation_is_seen_by_data_set_and_as_the_mean_of_several(open_, tmp_path):
+    run = write_run(tmp_path / "run", steps=1, problems=2, group=1)
+    file = run / "eval" / "after" / "report.json"
+    made = json.loads(file.read_text())
+    figure = {"value": 0.25, "low": 0.125, "high": 0.5}
+    made["averages"] = {"in-domain": {"sets": 2, **dict.fromkeys(("em", "f1", "tc", "tp"), figure)}}
+    file.write_text(json.dumps(made))
+    opened = open_(written(tmp_path, run))
+    chooser, table = opened.page.get_by_label("Data set"), opened.page.locator("table", has_text="95 % bootstrap")
+    chooser.select_option("two_hop")
+    assert table.locator("tbody tr").count() == 2
+    chooser.select_option("in-domain")
+    assert table.locator("tbody tr").count() == 1
+    assert "2 sets" in table.inner_text()
+    assert "0.125 to 0.500" in table.inner_text()
+    assert opened.errors == []
+
+
 def test_curves_can_be_had_over_wall_clock_and_read_with_the_keyboard(open_, report):
     opened = open_(report, "#training")
     plot = opened.page.locator(".chart", has_text="calls per trajectory").locator(".plot")
