@@ -147,7 +147,7 @@ def test_segments_lose_no_character_and_no_token(seed: int):
 def test_a_turn_is_reasoning_then_a_call_or_the_answer(seed: int):
     found = segments(read_attempt(line(seed), TRAIN, "well_formed"))
     calls = [s for s in found if s.kind == "call"]
-    assert [s.call for s in calls] == list(range(len(calls)))
+    assert [[*s.calls] for s in calls] == [[k] for k in range(len(calls))]
     for s in calls:
         assert re.fullmatch(r" <search> .* </search>", text_of(s.pieces), re.DOTALL)
     for s in found:
@@ -162,9 +162,8 @@ def test_without_the_tokens_the_same_segments_are_found(seed: int):
     row = line(seed)
     known = segments(read_attempt(row, TRAIN, "well_formed"))
     guessed = segments(read_attempt(earlier(row), TRAIN, "well_formed"))
-    assert [(s.kind, s.call, text_of(s.pieces).strip()) for s in guessed] == [
-        (s.kind, s.call, text_of(s.pieces).strip()) for s in known
-    ]
+    said, expected = ([(s.kind, s.calls, text_of(s.pieces).strip()) for s in each] for each in (guessed, known))
+    assert said == expected
     assert "".join(text_of(s.pieces) for s in guessed) == row["response"]
 
 
@@ -200,6 +199,57 @@ def test_a_malformed_turn_is_all_call():
     text = "<serch> q </serch>"
     bad = ToolCall("", text, "Error: There is no tool named 'serch'.", Outcome.INVALID)
     assert told(f"{text}<observation>{bad.result}</observation>", [bad])[0] == ("call", text)
+
+
+def in_spans(*texts: str) -> dict[str, Any]:
+    """What is known of turns and observations, each of them one token."""
+    return {"response": "".join(texts), "tokens": {"spans": [1] * len(texts), "lengths": [len(t) for t in texts]}}
+
+
+def pieced(turns: dict[str, Any]) -> dict[str, Any]:
+    """The same with every character a token, so that a turn can be cut anywhere."""
+    lengths = turns["tokens"]["lengths"]
+    return turns | {"tokens": {"spans": lengths, "lengths": [1] * sum(lengths)}}
+
+
+def test_several_calls_of_a_turn_are_one_call_and_their_results_one_observation():
+    turn = (
+        "<think> both </think>\n"
+        '<tool_call>\n{"name": "python", "arguments": {"code": "print(1)\\nprint(2)"}}\n</tool_call>'
+        '\n<tool_call>\n{"name": "search", "arguments": {"query": "x"}}\n</tool_call>'
+    )
+    seen, last = "<tool_response>1 2</tool_response><tool_response>found</tool_response>", "<answer> 3 </answer>"
+    made = [ToolCall("python", "print(1)\nprint(2)", "1\n2", Outcome.OK), ToolCall("search", "x", "found", Outcome.OK)]
+    row = pieced(in_spans(turn, seen, last))
+    found = segments(
+        read_attempt(line(0) | row | {"answer": "3", "calls": [vars_of(c) for c in made]}, TRAIN, "emitted")
+    )
+    assert [(s.kind, [*s.calls]) for s in found] == [
+        ("reasoning", []), ("call", [0, 1]), ("observation", [0, 1]), ("answer", []),
+    ]  # fmt: skip
+    assert text_of(found[0].pieces) == "<think> both </think>\n"
+
+
+def test_a_call_before_the_first_word_has_no_place_in_the_text():
+    made = [
+        ToolCall("search", "q", "what the prompt holds", Outcome.OK),
+        ToolCall("search", "A line.", "more", Outcome.OK),
+    ]
+    row = pieced(in_spans("A line.\n", "<information>more</information>", "<answer> x </answer>"))
+    found = segments(
+        read_attempt(line(0) | row | {"answer": "x", "calls": [vars_of(c) for c in made]}, TRAIN, "emitted")
+    )
+    assert [(s.kind, [*s.calls]) for s in found] == [("call", [1]), ("observation", [1]), ("answer", [])]
+    assert told("<answer> x </answer>", made[:1], "x") == [("answer", "<answer> x </answer>")]
+
+
+def test_code_tags_and_fences_are_part_of_the_call():
+    text = "Hm. <code>\n```python\nprint(6)\n```\n</code>\n<interpreter>\n6\n</interpreter>\n"
+    text += "<answer>\n\\boxed{6}\n</answer>"
+    kinds = told(text, [ToolCall("python", "print(6)", "6", Outcome.OK)], "6")
+    assert [kind for kind, _ in kinds] == ["reasoning", "call", "observation", "answer"]
+    assert kinds[1][1].startswith("<code>")
+    assert kinds[3][1].startswith("<answer>")
 
 
 def test_text_with_neither_call_nor_answer_is_reasoning():

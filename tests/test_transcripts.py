@@ -72,6 +72,15 @@ def test_every_token_after_the_prompt_has_its_characters_and_its_side(tmp_path):
     assert sampled[-1] == "</search>"
 
 
+def test_what_was_written_before_the_first_sampled_token_is_part_of_the_response(tmp_path):
+    mask = [False] * 3 + [True] * 3 + played().action_mask[6:]
+    opened = replace(played(), action_mask=mask, versions=[3 if m else -1 for m in mask])  # "<" was written for it
+    (row,) = written(tmp_path, Transcript(trajectory=opened, group=0))
+    assert row["tokens"]["prompt"] == 2
+    assert row["tokens"]["spans"] == [0, 1, 3, 4, 1]
+    assert sum(row["tokens"]["lengths"]) == len(row["response"])
+
+
 def test_numbers_are_of_the_sampled_tokens_and_one_stands_for_all_when_they_are_equal(tmp_path):
     sampled = sum(played().action_mask)
     signal = Signal(advantages=[0.125] * sampled, ratios=[1.0 + i / 8 for i in range(sampled)])

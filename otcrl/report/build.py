@@ -13,7 +13,7 @@ import yaml
 from otcrl.report import measure
 from otcrl.report.attempts import TRAIN, Attempt, fewest_calls
 from otcrl.report.files import Row, RunFiles
-from otcrl.report.segments import Segment, segments
+from otcrl.report.segments import segments
 
 KINDS = ("reasoning", "call", "observation", "answer")
 PER_TOKEN = ("logprobs", "versions", "advantages", "ratios")
@@ -98,9 +98,11 @@ COLUMNS = ("run", "split", "step", "group", "question", "right", "reward", "call
 
 def detail(a: Attempt) -> dict[str, Any]:
     """What is shown of a trajectory when it is opened."""
+    found = segments(a)
+    placed = {k for s in found if s.kind == "observation" for k in s.calls}
     return {
-        "segments": [[KINDS.index(s.kind), s.call, pieces(s)] for s in segments(a)],
-        "calls": [told(call) for call in a.calls],
+        "segments": [[KINDS.index(s.kind), [*s.calls], [*s.pieces]] for s in found],
+        "calls": [told(call, is_shown=k in placed) for k, call in enumerate(a.calls)],
         "answer": a.answer,
         "violations": [*a.violations],
         "parts": {name: rounded(value) for name, value in a.parts.items()},
@@ -111,13 +113,8 @@ def detail(a: Attempt) -> dict[str, Any]:
     }
 
 
-def pieces(segment: Segment) -> list[str]:
-    return [*segment.pieces]
-
-
-def told(call: Mapping[str, Any]) -> list[Any]:
-    """[tool, outcome, seconds, cached, price, result]; a result that was shown to the policy stands in the text."""
-    is_shown = call["outcome"] not in ("infra_error", "over_budget")
+def told(call: Mapping[str, Any], is_shown: bool) -> list[Any]:
+    """[tool, outcome, seconds, cached, price, result]; a result that stands in the text is not told again."""
     result = "" if is_shown else call["result"]
     return [call["tool"], call["outcome"], rounded(call["seconds"]), call["cached"], call["price"], result]
 

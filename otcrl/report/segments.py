@@ -1,13 +1,14 @@
 """A trajectory's text as reasoning, calls, observations and the answer.
 
 What was sampled and what was injected is known of every token. Where in a sampled turn the call begins is not: it is
-looked for by the call's arguments and the tag or fence before them.
+looked for by the call's arguments and the tag or fence before them. A turn may make several calls; one observation has
+their results.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, Literal
@@ -15,36 +16,65 @@ from typing import Any, Literal
 from otcrl.report.attempts import Attempt
 
 Kind = Literal["reasoning", "call", "observation", "answer"]
+Call = Mapping[str, Any]  # as the transcript has it
 OBSERVED = 60  # characters of a result that are looked for where the tokens are not known
+BEGINNING = 20  # and where they are: a result may have been cut
+BOXED = "\\boxed{"
+
+
+THOUGHT = "</think>"
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
     kind: Kind
     pieces: Sequence[str]  # its text, token by token; all in one where the tokens are not known
-    call: int | None = None  # of a call and its observation: number of the call
+    calls: Sequence[int] = ()  # numbers of those that it makes, or whose results it is
 
 
 def segments(attempt: Attempt) -> list[Segment]:
     """Together their pieces are the response, and in order its tokens."""
     found: list[Segment] = []
-    number = 0  # of the call that the next sampled turn ends with, if it does
+    number = 0  # of the first call that has no place yet
     is_known = "spans" in attempt.tokens
     spans = list(known_spans(attempt) if is_known else guessed_spans(attempt))
-    for place, (is_sampled, pieces) in enumerate(spans):
+    for (is_sampled, pieces), (_, following) in pairwise([*spans, (False, ())]):
         if not is_sampled:
-            found.append(Segment("observation", pieces, number - 1 if number else None))
+            found.append(Segment("observation", pieces, found[-1].calls if found else ()))
             continue
-        call = attempt.calls[number] if number < len(attempt.calls) else None
-        number += call is not None
-        if call is not None:
-            at, last = opening(text_of(pieces), call["arguments"], marks(call["tool"])), Segment("call", (), number - 1)
-        elif attempt.answer is not None and place == len(spans) - 1:
-            at, last = opening(text_of(pieces), attempt.answer, ("<answer", "\\boxed{")), Segment("answer", ())
+        if following:
+            own = answered(attempt.calls, number, text_of(following))
+        else:  # the last turn: it was the answer, or its calls were never answered
+            own = range(number, len(attempt.calls) if attempt.answer is None else number)
+        number = own.stop
+        if own:
+            at, last = call_start(text_of(pieces), [attempt.calls[k] for k in own]), Segment("call", (), [*own])
+        elif attempt.answer is not None and not following:
+            at, last = opening(text_of(pieces), attempt.answer, ("<answer", "<response", BOXED)), Segment("answer", ())
         else:
             at, last = None, Segment("reasoning", ())
         found += split(pieces, at, last)
     return found if is_known else [replace(segment, pieces=[text_of(segment.pieces)]) for segment in found]
+
+
+def answered(calls: Sequence[Call], number: int, observation: str) -> range:
+    """The calls from `number` on whose results an observation holds; the next one where that cannot be told.
+
+    The first of all may have been made before the policy wrote anything, and its result be part of the prompt.
+    """
+    seen, at, first, last = plain(observation), 0, number, number
+    for k in range(number, len(calls)):
+        begin = plain(calls[k]["result"])[:BEGINNING]
+        place = seen.find(begin, at) if begin else -1
+        if place >= 0:
+            first, last, at = (k, k + 1, place + len(begin)) if last == number else (first, k + 1, place + len(begin))
+        elif number > 0 or last > number:
+            break
+    return range(first, last) if last > first else range(number, min(number + 1, len(calls)))
+
+
+def plain(text: str) -> str:
+    return " ".join(text.split())
 
 
 def split(pieces: Sequence[str], at: int | None, last: Segment) -> Iterator[Segment]:
@@ -54,20 +84,29 @@ def split(pieces: Sequence[str], at: int | None, last: Segment) -> Iterator[Segm
     if cut:
         yield Segment("reasoning", pieces[:cut])
     if cut < len(pieces):
-        yield Segment(last.kind, pieces[cut:], last.call)
+        yield replace(last, pieces=pieces[cut:])
+
+
+def call_start(text: str, calls: Sequence[Call]) -> int | None:
+    """Where in a turn its calls begin: before the arguments of the only one, or at the first tag after the thought."""
+    if len(calls) == 1 and (at := opening(text, calls[0]["arguments"], marks(calls[0]["tool"]))) is not None:
+        return at
+    after = max(text.rfind(THOUGHT), 0)
+    places = [text.find(mark, after) for call in calls for mark in marks(call["tool"])]
+    return min((place for place in places if place >= 0), default=None)
 
 
 def opening(text: str, body: str, before: Sequence[str]) -> int | None:
-    """Where in `text` the last of the marks before `body` begins, or `body` itself; None when `body` is not there."""
+    """Where in `text` the mark before `body` begins, the first kind that is there, or `body`; None without it."""
     at = text.rfind(body)
     if at < 0:
         return None
-    marked = max(text.rfind(mark, 0, at + 1) for mark in before)
-    return marked if marked >= 0 else at
+    places = (text.rfind(mark, 0, at + 1) for mark in before)
+    return next((place for place in places if place >= 0), at)
 
 
 def marks(tool: str) -> tuple[str, ...]:
-    return (f"<{tool}", f"```{tool}", "<tool_call")
+    return ("<tool_call", "<code>", f"<{tool}", f"```{tool}")
 
 
 def text_of(pieces: Sequence[str]) -> str:
@@ -96,7 +135,7 @@ def guessed_spans(attempt: Attempt) -> Iterator[tuple[bool, Sequence[str]]]:
         yield True, [*attempt.response[at:]]
 
 
-def place_of(call: Any, text: str, after: int) -> tuple[int, int]:
+def place_of(call: Call, text: str, after: int) -> tuple[int, int]:
     """Where the call's observation stands; an empty place when it is not there."""
     begin = re.escape(call["result"][:OBSERVED])
     if not begin:

@@ -72,14 +72,14 @@ def tokens(t: Trajectory, signal: Signal | None, tokenizer: Tokenizer, known: di
     """What is known of the tokens after the prompt. `spans` and `lengths` speak of all of them, the rest of the
     sampled ones: a list has an entry for each, a number holds for all.
     """
-    sampled = sum(t.action_mask)
-    start = t.action_mask.index(True) if sampled else len(t.token_ids)
+    sampled, start = sum(t.action_mask), prompt_length(t, tokenizer)
+    spans = [len(list(run)) for _, run in groupby(t.action_mask[start:])]
     said = [i for i in range(start, len(t.token_ids)) if t.action_mask[i]]
     found: dict[str, object] = {
         "total": len(t.token_ids),
         "sampled": sampled,
         "prompt": start,
-        "spans": [len(list(run)) for _, run in groupby(t.action_mask[start:])],  # sampled, injected, sampled ...
+        "spans": spans if not spans or t.action_mask[start] else [0, *spans],  # sampled, injected, sampled ...
         "lengths": [len(piece) for piece in token_texts(t.token_ids[start:], t.response, tokenizer.decode, known)],
         "logprobs": short([t.logprobs[i] for i in said]),
         "versions": short([t.versions[i] for i in said]),
@@ -87,6 +87,14 @@ def tokens(t: Trajectory, signal: Signal | None, tokenizer: Tokenizer, known: di
     if signal is not None:
         found |= {"advantages": short(signal.advantages), "ratios": short(signal.ratios)}
     return found
+
+
+def prompt_length(t: Trajectory, tokenizer: Tokenizer) -> int:
+    """Tokens before the response, which begins with the first sampled token or with what was written before it."""
+    start = t.action_mask.index(True) if any(t.action_mask) else len(t.token_ids)
+    while start > 0 and len(tokenizer.decode(t.token_ids[start:])) < len(t.response):
+        start -= 1
+    return start
 
 
 def short(values: Sequence[float]) -> list[float | None] | float | None:

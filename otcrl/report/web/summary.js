@@ -69,24 +69,25 @@ function evaluationTables() {
   const rows = report.runs.flatMap((run, k) => run.evaluations.map((evaluation) => ({ run, k, evaluation })));
   if (!rows.length) return [h("p", { class: "empty" }, "No evaluation has been made yet.")];
   const host = h("div", {});
-  const sources = [...new Set(rows.flatMap((row) => Object.keys(row.evaluation.sources)))];
+  const names = (kind) => [...new Set(rows.flatMap((row) => Object.keys(row.evaluation[kind])))];
+  const sources = [
+    ...names("sources").map((name) => [name, name]),
+    ...names("averages").map((name) => [name, `mean of data sets: ${name}`]),
+  ];
   const show = (source) => host.replaceChildren(evaluations(rows, source));
   show("");
   const chooser =
     sources.length > 1
-      ? h(
-          "div",
-          { class: "bar" },
-          labelled("Data set", choice([["", "all together"], ...sources.map((name) => [name, name])], "", show)),
-        )
+      ? h("div", { class: "bar" }, labelled("Data set", choice([["", "all together"], ...sources], "", show)))
       : null;
   return [h("h3", {}, "Evaluations"), chooser, host, ...offloadingTables(rows)];
 }
 
 function evaluations(rows, source) {
-  const of = (row) => (source ? row.evaluation.sources[source] : row.evaluation.overall);
+  const within = ({ overall, sources, averages }) => (source ? (sources[source] ?? averages[source]) : overall);
+  const of = (row) => within(row.evaluation); // of several data sets' average: `sets`, and the first four figures
   const there = rows.filter((row) => of(row));
-  const value = (name) => (row) => of(row)[name].value;
+  const value = (name) => (row) => of(row)[name]?.value ?? null;
   const present = EVALUATED.filter(([name]) => there.some((row) => value(name)(row) !== null));
   const counter = [...new Set(there.map((row) => row.evaluation.counter))].join(", ");
   return table(
@@ -94,7 +95,12 @@ function evaluations(rows, source) {
     [
       { label: "run", value: (row) => row.run.name, cell: (row) => named(row.run, row.k) },
       { label: "evaluation", value: (row) => row.evaluation.name, text: (row) => row.evaluation.name },
-      { label: "n", number: true, title: "questions", text: (row) => of(row).questions.toLocaleString("en") },
+      {
+        label: "n",
+        number: true,
+        title: "questions",
+        text: (row) => (of(row).questions ?? plural(of(row).sets, "set")).toLocaleString("en"),
+      },
       ...present.map(([name, label, title, form]) => ({
         label,
         title,
@@ -109,7 +115,7 @@ function evaluations(rows, source) {
         label: "void",
         number: true,
         title: "attempts that infrastructure spoilt",
-        text: (row) => String(of(row).void),
+        text: (row) => String(of(row).void ?? NOTHING),
       },
     ],
     { caption: `Evaluations with 95 % bootstrap intervals over questions. Calls that count: ${counter}.` },

@@ -68,27 +68,31 @@ function outcomeMark(i) {
   return h("span", { class: `mark ${word}` }, h("span", { "aria-hidden": "true" }, glyph), ` ${word}`);
 }
 
-function segmentBlock([kind, call, pieces], t, sampled) {
+function segmentBlock([kind, calls, pieces], t, sampled) {
   const name = report.kinds[kind];
   const text = h("div", { class: "text", dir: "auto" });
   for (const piece of pieces) {
     const place = name === "observation" ? "" : sampled.next++;
     text.append(h("span", { class: "t", "data-k": place }, piece));
   }
-  return h("section", { class: `segment ${name}`, "aria-label": name }, h("h4", {}, segmentTitle(name, call, t)), text);
+  return h(
+    "section",
+    { class: `segment ${name}`, "aria-label": name },
+    h("h4", {}, segmentTitle(name, calls, t)),
+    text,
+  );
 }
 
-function segmentTitle(name, call, t) {
-  const [tool, outcome, seconds, cached, price] = call === null ? [] : t.calls[call];
-  if (name === "observation") return call === null ? name : `observation ${call + 1}`;
-  if (name !== "call") return name;
-  const words = [
-    `call ${call + 1}`,
-    tool || "malformed",
-    outcome.replace("_", " "),
-    cached ? "cached" : duration(seconds),
-  ];
-  return [...words, ...(price ? [`price ${figure(price)}`] : [])].join(" · ");
+function segmentTitle(name, calls, t) {
+  const numbers =
+    calls.length > 1 ? `s ${calls[0] + 1} to ${calls.at(-1) + 1}` : calls.length ? ` ${calls[0] + 1}` : "";
+  if (name !== "call") return name + (name === "observation" ? numbers : "");
+  const became = calls.map((k) => {
+    const [tool, outcome, seconds, cached, price] = t.calls[k];
+    const words = [tool || "malformed", outcome.replace("_", " "), cached ? "cached" : duration(seconds)];
+    return [...words, ...(price ? [`price ${figure(price)}`] : [])].join(" · ");
+  });
+  return [`call${numbers}`, became.join(" + ")].join(" · ");
 }
 
 /** What calls came to whose result the policy was never shown. */
