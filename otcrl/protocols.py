@@ -166,11 +166,16 @@ class Dialect(Protocol):
 
 
 @runtime_checkable
-class LooksUp(Protocol):
-    """What a dialect has beside the above if its prompt shows what a tool found before the policy writes anything."""
+class Prepares(Protocol):
+    """What a dialect has beside the above if something is done for the policy before it writes anything."""
+
+    @property
+    def opening(self) -> str:
+        """Text that is written for it after the prompt, and read with what follows; "" for none."""
+        ...
 
     def look_up(self, problem: Problem) -> Call | None:
-        """The call that is made for the policy, and counts as one of its own; None: none is."""
+        """The call that is made for it, and counts as one of its own; None: none is."""
         ...
 
     def prompt_with(self, problem: Problem, found: str) -> str:

@@ -78,58 +78,78 @@ ANSWER = "<answer> b </answer>"
 # -- direct, chain of thought ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["direct", "cot"])
-def test_without_retrieval_the_prompt_holds_the_question_and_one_turn_is_all(name: str) -> None:
+def test_a_chain_of_thought_is_one_turn_without_tools_that_ends_with_the_answer() -> None:
     tool = Search()
-    t = play(name, engine := Script(f"So: {ANSWER}"), tool)
+    t = play("cot", engine := Script(f"So: {ANSWER}"), tool)
     assert (t.stop, t.answer, t.tool_calls, tool.asked) == (Stop.ANSWERED, "b", (), [])
     assert TOKENIZER.decode(engine.prompts[0]).endswith("Question: Who wrote {passages}?")
     assert engine.stops == [["</answer>"]]
 
 
-@pytest.mark.parametrize("name", ["direct", "cot", "rag"])
-def test_the_policy_has_no_tool_even_where_there_is_one(name: str) -> None:
+@pytest.mark.parametrize("said", ["b </answer>", "b", " b\n", "b</answer>."])
+def test_all_that_a_direct_answer_says_is_the_answer_since_its_tag_was_written_for_it(said: str) -> None:
+    t = play("direct", engine := Script(said), None)
+    assert (t.stop, t.answer, t.tool_calls) == (Stop.ANSWERED, "b", ())
+    assert TOKENIZER.decode(engine.prompts[0]).endswith("Who wrote {passages}?<answer>")
+    assert sampled(t) == said
+
+
+def test_the_token_that_ends_a_text_is_no_part_of_the_answer() -> None:
+    class Ending(Script):
+        async def generate(self, token_ids: Sequence[int], *, stop: Sequence[str], **settings: object) -> Completion:
+            ids = [*TOKENIZER.encode("b"), TOKENIZER.end_id]
+            return Completion(ids, [-0.25] * len(ids), [self.version] * len(ids), True)
+
+    t = play("direct", Ending(), None)
+    assert (t.answer, t.token_ids[-1], t.action_mask[-1]) == ("b", TOKENIZER.end_id, True)  # and still an action
+    assert play("cot", Ending(), None).stop is Stop.INVALID  # `<eos>` is no tag that was never closed
+
+
+def test_the_policy_has_no_tool_even_where_there_is_one() -> None:
     tool = Search()
-    t = play(name, Script(f"<search> q </search> {ANSWER}", ANSWER), tool)
+    t = play("cot", Script(f"<search> q </search> {ANSWER}", ANSWER), tool)
     assert t.tool_calls[-1].outcome is Outcome.INVALID
-    assert "q" not in tool.asked
+    assert tool.asked == []
 
 
 def test_an_answer_that_never_comes_is_none() -> None:
-    t = play("direct", Script("b"), None)
+    t = play("cot", Script("b"), None)
     assert (t.stop, t.answer) == (Stop.INVALID, None)
 
 
 # -- RAG ------------------------------------------------------------------------------------------------
 
 
+CLOSE = " b </answer>"  # what is left to say after the opening
+
+
 def test_rag_puts_the_passages_of_the_question_into_the_prompt_and_counts_one_call() -> None:
     tool = Search(result="Doc 1: {question}")
-    t = play("rag", engine := Script(ANSWER), tool)
+    t = play("rag", engine := Script(CLOSE), tool)
     assert tool.asked == [PROBLEM.question]
     prompt = TOKENIZER.decode(engine.prompts[0])
-    assert "Passages:\nDoc 1: {question}\n" in prompt  # what a passage or a question spells out is no place to fill
-    assert prompt.endswith("Question: Who wrote {passages}?")
+    assert "\nDoc 1: {question}\n" in prompt  # what a passage or a question spells out is no place to fill
+    assert prompt.endswith("Question: Who wrote {passages}?<answer>")
     assert (count_calls(t, "well_formed"), t.answer, t.response) == (1, "b", ANSWER)
 
 
 def test_passages_are_no_actions_and_every_token_is_as_the_engine_saw_it() -> None:
-    t = play("rag", engine := Script(ANSWER), Search(result="<answer> c </answer>"))
-    assert sampled(t) == ANSWER
+    t = play("rag", engine := Script(CLOSE), Search(result="<answer> c </answer>"))
+    assert sampled(t) == CLOSE
     assert t.token_ids[: len(engine.prompts[0])] == engine.prompts[0]
     assert not any(t.action_mask[: len(engine.prompts[0])])
     assert t.answer == "b"  # one that stands in a passage earns nothing
 
 
 def test_passages_are_cut_to_the_limit_of_observations() -> None:
-    t = play("rag", engine := Script(ANSWER), Search(result="first\n" + "x" * 100))
-    assert "Passages:\nfirst\n\nQuestion" in TOKENIZER.decode(engine.prompts[0])
+    t = play("rag", engine := Script(CLOSE), Search(result="first\n" + "x" * 100))
+    assert "help.\n\nfirst\n\nQuestion" in TOKENIZER.decode(engine.prompts[0])
     assert t.stop is Stop.ANSWERED
 
 
-def test_the_look_up_comes_before_what_is_written_for_the_policy() -> None:
-    t = play("rag", engine := Script("b </answer>"), Search(), opening="<answer>")
-    assert TOKENIZER.decode(engine.prompts[0]).endswith("?<answer>")
+def test_an_opening_that_evaluation_forces_takes_the_place_of_the_dialects() -> None:
+    t = play("rag", engine := Script("b </answer>"), Search(), opening="So <answer>")
+    assert TOKENIZER.decode(engine.prompts[0]).endswith("?So <answer>")
     assert (t.answer, sampled(t)) == ("b", "b </answer>")
 
 
@@ -139,7 +159,7 @@ def test_a_look_up_that_fails_makes_the_trajectory_void_and_one_that_is_refused_
     late = play("rag", Script(), Search(seconds=60), replace(LIMITS, tool_timeout_s=30, timeout_s=0.05))
     assert (late.stop, late.tool_calls[0].outcome) == (Stop.VOID, Outcome.INFRA_ERROR)
     assert late.timings["deadline_s"] == 0.05
-    refused = play("rag", engine := Script(ANSWER), Search(result="too long", outcome=Outcome.MODEL_ERROR))
+    refused = play("rag", engine := Script(CLOSE), Search(result="too long", outcome=Outcome.MODEL_ERROR))
     assert "too long" in TOKENIZER.decode(engine.prompts[0])
     assert count_calls(refused, "failed") == 1
 
@@ -169,9 +189,9 @@ def test_ircot_ends_at_its_budget_of_rounds() -> None:
     assert (t.stop, len(tool.asked), count_calls(t, "well_formed")) == (Stop.MAX_CALLS, 3, 3)
 
 
-def test_ircot_that_ends_its_text_without_an_answer_is_over() -> None:
-    t = play("ircot", Script("I do not know"), tool := Search())
-    assert (t.stop, t.answer, len(tool.asked)) == (Stop.INVALID, None, 1)
+def test_a_sentence_that_ends_the_text_is_a_query_as_well() -> None:
+    t = play("ircot", Script("One leads to two.", ANSWER), tool := Search())
+    assert (t.answer, tool.asked[1:]) == ("b", ["One leads to two."])
 
 
 def test_an_empty_line_is_no_query() -> None:
@@ -180,7 +200,11 @@ def test_an_empty_line_is_no_query() -> None:
 
 
 IRCOT = Prompting(
-    instructions="{passages} {question}", observation_template="[{result}]", tool="search", each_sentence=True
+    instructions="{passages} {question}",
+    opening="",
+    observation_template="[{result}]",
+    tool="search",
+    each_sentence=True,
 )
 plain = st.text(st.characters(blacklist_characters="<>", blacklist_categories=("Cs", "Cc", "Z")), min_size=1)
 
@@ -190,7 +214,7 @@ def test_what_is_written_as_a_sentence_is_read_as_a_query(text: str) -> None:
     assert IRCOT.parse(IRCOT.write_call("search", text), {}) == Call("search", text)
     assert IRCOT.parse(IRCOT.write_answer(text), {}) == Answer(text)
     assert IRCOT.write_answer(text).startswith(IRCOT.open_answer())
-    assert IRCOT.parse(text, {}) == Nothing()
+    assert replace(IRCOT, each_sentence=False).parse(text, {}) == Nothing()
 
 
 def test_an_answer_that_is_not_closed_is_malformed() -> None:
@@ -205,6 +229,8 @@ def test_each_sentence_needs_a_place_for_the_passages_and_every_prompt_one_for_t
         replace(IRCOT, instructions="{question}")
     with pytest.raises(ValueError, match=r"instructions must hold \{question\}"):
         replace(IRCOT, instructions="{passages}")
+    with pytest.raises(ValueError, match="opening must be empty or '<answer>', got '<answr>'"):
+        replace(IRCOT, opening="<answr>")
     with pytest.raises(ValueError, match=r"observation_template must hold \{result\}"):
         replace(IRCOT, observation_template="")
 

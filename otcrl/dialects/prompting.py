@@ -1,6 +1,7 @@
 """How systems that were not trained with tools are prompted: directly, with a chain of thought, RAG and IRCoT.
 
-The answer stands in Search-R1's tags. Where the instructions hold {passages}, a tool is asked the question before the
+The answer stands in Search-R1's tags. An `opening` is written for the policy, and whatever follows is the answer, so
+that a model need not know of tags. Where the instructions hold {passages}, a tool is asked the question before the
 policy writes anything, and the prompt shows what it found: retrieval-augmented generation, one call. With
 `each_sentence` every line that the policy writes is a query too (IRCoT, arXiv:2212.10509): a line, its passages, the
 next line. There the passages of all queries are gathered above the reasoning, and the prompt is made anew for each
@@ -25,12 +26,14 @@ PLACE = re.compile(r"\{question\}|\{passages\}")
 @dataclass(frozen=True, kw_only=True)
 class Prompting:
     instructions: str  # holds {question}; may hold {passages}
+    opening: str  # written for the policy after the prompt: "<answer>" makes all that follows the answer; "": nothing
     observation_template: str  # holds {result}: the passages of a sentence, or what was wrong with it
     tool: str  # finds passages
     each_sentence: bool  # True: for each line that the policy writes; False: for the question alone
 
     def __post_init__(self) -> None:
-        _ = self._tags  # refuses instructions without {question}
+        if self.opening not in ("", self._tags.open_answer()):
+            raise ValueError(f"opening must be empty or {self._tags.open_answer()!r}, got {self.opening!r}")
         if self.each_sentence and PASSAGES not in self.instructions:
             raise ValueError(f"instructions must hold {PASSAGES} with each_sentence, got {self.instructions!r}")
 
@@ -63,7 +66,9 @@ class Prompting:
     def parse(self, text: str, tools: Mapping[str, Tool]) -> Action:
         """The answer, or with `each_sentence` the line as a query. The policy has no tools of its own."""
         action = self._tags.parse(text, {})
-        if isinstance(action, Answer | Malformed) or not self.each_sentence or LINE not in text:
+        if self.opening and text.startswith(self.opening) and not isinstance(action, Answer):
+            return Answer(text.removeprefix(self.opening).strip())
+        if isinstance(action, Answer | Malformed) or not self.each_sentence:
             return action
         return Call(self.tool, text.strip()) if text.strip() else Malformed("The line is empty. Write a sentence.")
 

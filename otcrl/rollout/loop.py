@@ -19,8 +19,8 @@ from otcrl.protocols import (
     Completion,
     Dialect,
     Engine,
-    LooksUp,
     Malformed,
+    Prepares,
     Tokenizer,
     Tool,
     ToolResult,
@@ -132,6 +132,8 @@ class Player:
 
         One that does not fit into the context, or that takes too long, is over: it never stops the others.
         """
+        if not opening and isinstance(self.dialect, Prepares):
+            opening = self.dialect.opening
         draft = Draft()
         draft.open(self.open(problem), self.tokenizer.encode(opening))
         try:
@@ -175,10 +177,12 @@ class Player:
 
     async def _look_up(self, problem: Problem, draft: Draft, opening: str, session: str) -> Stop | None:
         """What the dialect's prompt shows is looked up, and the prompt made with it."""
-        if not isinstance(self.dialect, LooksUp) or (call := self.dialect.look_up(problem)) is None:
+        if not isinstance(self.dialect, Prepares) or (call := self.dialect.look_up(problem)) is None:
             return None
         done = await self._call(draft, call, "", session)
         draft.calls.append(done)
+        if done.outcome is Outcome.OVER_BUDGET:
+            return Stop.MAX_CALLS
         if done.outcome is Outcome.INFRA_ERROR:
             return Stop.VOID
         prompt = self.dialect.prompt_with(problem, self._cut(done.result))
