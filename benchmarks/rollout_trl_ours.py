@@ -20,6 +20,7 @@ import otcrl
 from otcrl.build import build_run, build_world, close
 from otcrl.compose import compose
 from otcrl.loggers.progress import Bars
+from otcrl.resume import Start
 from otcrl.train import Run, train_step
 
 CHOICES = "task=qa dialect=plain tools=search model=pretrained engine=hf reward=outcome algo=grpo".split()
@@ -80,7 +81,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         cfg = config(spec, folder)
         world = build_world(cfg)
-        run = build_run(cfg, world, Bars(), 0)
+        run = build_run(cfg, world, Bars(), Start(folder=Path(folder) / "run"))
         try:
             return {"version": getattr(otcrl, "__version__", "checkout"), "steps": asyncio.run(steps(run, spec))}
         finally:

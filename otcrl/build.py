@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -43,12 +43,15 @@ from otcrl.protocols import (
     Tokenizer,
     Tool,
 )
+from otcrl.resume import Start, find_start, identities, unwritable
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Limits, Player
 from otcrl.rollout.schedule import Rollouts, Schedule
 from otcrl.rollout.stream import Stream
 from otcrl.rollout.transcripts import Transcripts
+from otcrl.saver import Saver
 from otcrl.sft import Sft, batch
+from otcrl.termination import Termination
 from otcrl.tools.retrieval.corpus import Passage
 from otcrl.train import Loop, Run
 
@@ -64,32 +67,47 @@ MOST_CHECKED = 2000  # prompts of each split that are tried before a run begins
 def run_train(cfg: Config) -> None:
     """`otcrl train`: cold start if the config has one, evaluation, training, evaluation, summary."""
     dist.start(construct_as(dist.Ranks, cfg["ranks"], "ranks"))
-    resumed = checkpoint.latest(Path(cfg["resume"]) / "checkpoints") if cfg["resume"] else None
-    first_step = resumed.step if resumed is not None else 0
+    check_names(cfg)
+    start = find_start(cfg)
     config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
     world = build_world(cfg)
     check_column(world.task.held_out(), config.difficulty)
-    if resumed is not None and (sft := Path(cfg["resume"]) / "sft").is_dir():
-        checkpoint.load_weights(sft, world.model)  # where the reference was taken
     with Bars(quiet=not dist.is_first()) as bars:
-        run = build_run(cfg, world, bars, first_step)
+        run = build_run(cfg, world, bars, start)
         try:
-            if resumed is None:
-                seconds = cold_start(
-                    run.learner, world.tokenizer, world.task, world.dialect, world.sft, run.folder, bars
-                )
-                run.learner.begin()
-            else:
-                seconds = 0.0
-                checkpoint.restore(resumed, run.learner)
-                run.reward.load_state_dict(resumed.reward_state)
-                run.rollouts.restore(resumed.frontier)
-            experiment = Experiment(run=run, evaluate=config, first_step=first_step, sft_seconds=seconds)
+            seconds = take_up(run, world, start, bars)
+            experiment = Experiment(
+                run=run,
+                evaluate=config,
+                resumed=start.checkpoint,
+                may_change=cfg["resume_changed"],
+                sft_seconds=seconds,
+            )
             asyncio.run(closing(run_experiment(experiment), world, run.engine))
         finally:
             run.thread.close()
+            run.saver.close()
             run.logger.close()
     dist.stop()
+
+
+def take_up(run: Run, world: World, start: Start, bars: Bars) -> float:
+    """The run stands where it begins: after its cold start, or at a checkpoint. Returns the seconds of a cold start."""
+    if start.checkpoint is not None:
+        if start.cold is not None:
+            run.learner.refer_to(checkpoint.read_weights(start.cold, run.learner))
+        checkpoint.restore(start.checkpoint, run.learner)
+        run.reward.load_state_dict(start.checkpoint.standing.reward_state)
+        run.rollouts.restore(start.checkpoint.standing.frontier)
+        run.saver.saved = start.step
+        return 0.0
+    seconds = 0.0
+    if start.cold is not None:
+        run.learner.load_weights(checkpoint.read_weights(start.cold, run.learner))
+    else:
+        seconds = cold_start(run.learner, world.tokenizer, world.task, world.dialect, world.sft, run.folder, bars)
+    run.learner.begin()
+    return seconds
 
 
 def run_sft(cfg: Config) -> None:
@@ -101,7 +119,8 @@ def run_sft(cfg: Config) -> None:
     check_demonstrations(world)
     plain = {"reference": None, "critic": None, "steps": 0, "seed": cfg["seed"], "temperature": 1.0}
     learner = construct_as(Learner, cfg["learner"], "learner", policy=world.model, **plain)
-    folder = first_makes_folder(cfg)
+    folder = Path(cfg["run_dir"])
+    Start(folder=folder).prepare(cfg)
     with Bars(quiet=not dist.is_first()) as bars:
         cold_start(learner, world.tokenizer, world.task, world.dialect, world.sft, folder, bars, name="model")
     asyncio.run(close(world.tools))
@@ -148,9 +167,7 @@ def trained_model(run: Path, step: str | None) -> Path:
         if not (run / "model").is_dir():
             raise ConfigError(f"run={run} has no model yet: finish it with `otcrl train resume={run}`")
         return run / "model"
-    found = {
-        folder.name.removeprefix("step-").lstrip("0"): folder for folder in checkpoint.complete(run / "checkpoints")
-    }
+    found = {str(checkpoint.step_of(folder)): folder for folder in checkpoint.complete(run / "checkpoints")}
     if step.lstrip("0") not in found:
         kept = f" It has: {', '.join(found)}." if found else " It has none."
         raise ConfigError(f"run={run} has no checkpoint of step {step!r}.{kept} loop.keep_checkpoints says how many")
@@ -255,32 +272,36 @@ def build_rollouts(cfg: Config, task: Task, collector: Collector, loop: Loop) ->
     return Rollouts(collector=collector, stream=stream, schedule=schedule, per_step=own, steps=loop.steps)
 
 
-def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
+def build_run(cfg: Config, world: World, bars: Bars, start: Start) -> Run:
     """Whatever can be refused is refused here, before the cold start and before an earlier run is moved."""
     loop = construct_as(Loop, cfg["loop"], "loop")
     algo = construct(cfg["algo"], "algo")
     correction = construct_as(Correction, cfg["correction"], "correction")
     reward = construct(cfg["reward"], "reward", correct=world.task.correct, tool_names=tuple(world.tools))
-    health = construct_as(Health, cfg["health"], "health")
     engine = build_engine(cfg, world)
     collector = build_collector(cfg, world, engine)
     check_group_size(collector.group_size, algo, reward)
     rollouts = build_rollouts(cfg, world.task, collector, loop)
     learner = build_learner(cfg, world, algo, collector, loop)
     check_questions(collector.player, world.task, loop)
-    if world.sft.steps and not first_step:
+    if world.sft.steps and start.checkpoint is None and start.cold is None:
         check_demonstrations(world)
-    folder = Path(cfg["resume"]) if cfg["resume"] else first_makes_folder(cfg)
-    wired = {"name": cfg["name"], "folder": folder, "config": cfg}
-    if first_step and (folder / "metrics.jsonl").is_file():
-        rows = (json.loads(line) for line in whole_lines(folder / "metrics.jsonl"))
-        health.hear(row for row in rows if row["step"] < first_step)
-    transcripts = Transcripts(path=folder / "transcripts.jsonl", tokenizer=world.tokenizer)
+    proof = construct_as(Proof, cfg["sync"], "sync")
+    health = construct_as(Health, cfg["health"], "health")
+    folder = start.folder
+    start.prepare(cfg)
+    metrics, transcripts = folder / "metrics.jsonl", folder / "transcripts.jsonl"
+    if dist.is_first():
+        for path in (metrics, transcripts, folder / "spikes.jsonl"):
+            drop_from(path, start.step)  # what a resumed run writes again
+    dist.barrier("the run's directory")
+    earlier = [json.loads(line) for line in whole_lines(metrics)] if metrics.is_file() else []
+    health.hear(earlier)
     loggers: list[Logger] = []
     if dist.is_first():
+        wired = {"name": cfg["name"], "folder": folder, "config": cfg}
         extra = [construct(section, f"logger.{key}", **wired) for key, section in cfg["logger"].items()]
-        loggers = [JsonlLogger(folder / "metrics.jsonl", resume_step=first_step), *extra]
-        drop_from(transcripts.path, first_step)  # what a resumed run writes again
+        loggers = [JsonlLogger(metrics), *extra]
     return Run(
         task=world.task,
         collector=collector,
@@ -289,61 +310,43 @@ def build_run(cfg: Config, world: World, bars: Bars, first_step: int) -> Run:
         correction=correction,
         learner=learner,
         engine=engine,
-        proof=construct_as(Proof, cfg["sync"], "sync"),
+        proof=proof,
         tokenizer=world.tokenizer,
         rollouts=rollouts,
         thread=LearnerThread(),
         logger=Loggers(loggers),
+        saver=build_saver(cfg, world.tools, loop, folder, earlier),
+        termination=Termination(),
         loop=loop,
         health=health,
-        transcripts=transcripts,
+        transcripts=Transcripts(path=transcripts, tokenizer=world.tokenizer),
         folder=folder,
         bars=bars,
     )
 
 
-def first_makes_folder(cfg: Config) -> Path:
-    """`new_folder`, made by one of the ranks; the others hear what it could not."""
-    said = ""
-    if dist.is_first():
-        try:
-            new_folder(cfg)
-        except ConfigError as error:
-            said = str(error)
-    if said := dist.from_first(said, "making the run's directory"):
-        raise ConfigError(said)
-    return Path(cfg["run_dir"])
+def build_saver(
+    cfg: Config, tools: Mapping[str, Tool], loop: Loop, folder: Path, earlier: Sequence[Mapping[str, Any]]
+) -> Saver:
+    """`earlier`: the steps that the run has made before."""
+    versions = checkpoint.versions()  # looked up once: it takes a tenth of a second
 
+    def about() -> dict[str, object]:
+        return {"versions": versions, "tools": identities(tools), "config": dict(cfg)}
 
-def new_folder(cfg: Config) -> Path:
-    """An empty run directory with the config in it. What an earlier run left there is renamed, never lost."""
-    folder = Path(cfg["run_dir"])
-    with unwritable(folder):
-        if folder.exists() and any(folder.iterdir()):
-            number = 1
-            while (old := folder.with_name(f"{folder.name}.{number}")).exists():
-                number += 1
-            folder.rename(old)
-            print(f"otcrl: {folder} held an earlier run, now {old}")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(dict(cfg)))
-    return folder
-
-
-@contextmanager
-def unwritable(folder: Path) -> Iterator[None]:
-    """Turns what the file system refuses into a ConfigError."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"run_dir: cannot write in {folder}: {error.strerror or error}") from error
+    logs = [folder / "metrics.jsonl", folder / "transcripts.jsonl"]
+    saver = Saver(folder / "checkpoints", keep=loop.keep_checkpoints, keep_best=loop.keep_best, about=about, logs=logs)
+    for row in earlier:
+        saver.best.hear(row["step"], row)
+    return saver
 
 
 # -- what can only be seen when the parts are together -------------------------------------------------
 
 
 def check_names(cfg: Config) -> None:
-    for key, kind in (("name", str), ("run_dir", str), ("seed", int)):
+    kinds = {"name": str, "run_dir": str, "seed": int, "resume": str, "resume_changed": bool}
+    for key, kind in kinds.items():
         if type(cfg[key]) is not kind or not str(cfg[key]):
             raise ConfigError(f"{key} must be {kind.__name__}, got {cfg[key]!r}")
     threads = cfg.get("threads")

@@ -110,7 +110,7 @@ def run_config(settings: list[str]) -> Config:
     named, overrides = take(settings, "conf", "resume")
     if "conf" in named:
         config = compose(overrides, preset=find_preset(named["conf"]))
-    elif "resume" in named:
+    elif named.get("resume", "auto") not in ("auto", "never"):
         config = compose(overrides, run=Path(named["resume"]))
     else:
         raise ConfigError(f"add conf=NAME or conf=FILE.yaml.{nearest('', (preset.name for preset in presets()))}")
@@ -156,8 +156,8 @@ def sweep(command: str, settings: list[str], flags: frozenset[str]) -> int:
 
     named, overrides = take(settings, "conf", "resume")
     presets = [f"conf={conf}" for conf in named.get("conf", "").split(",") if conf]
-    if "resume" in named:
-        raise ConfigError("a sweep cannot be resumed as one: give each run its own resume=")
+    if named.get("resume", "auto") not in ("auto", "never"):
+        raise ConfigError("a sweep cannot be resumed as one: the same command goes on with each run that is unfinished")
     jobs = [[conf, *job] for conf in presets for job in expand(overrides)]
     configs = [run_config(job) for job in jobs]  # so that a typo stops the sweep before its first run
     failed: list[str] = []
@@ -232,6 +232,20 @@ def paths(command: str, words: Sequence[str], own: Sequence[str]) -> list[str]:
         if is_setting and not Path(word).exists():
             raise ConfigError(f"otcrl {command} has no setting {name!r}.{nearest(name, own)}")
     return [*words]
+
+
+# -- export ----------------------------------------------------------------------------------------------
+
+
+def export(settings: list[str], flags: frozenset[str]) -> int:
+    from otcrl.export import export
+
+    named, rest = take(settings, "out", "step")
+    if len(rest) != 1 or "=" in rest[0]:
+        raise ConfigError(f"otcrl export needs one run directory and out=DIR, got {' '.join(rest) or 'none'}")
+    require("export", named, "out")
+    print(f"otcrl: {export(Path(rest[0]), Path(named['out']), named.get('step'))}")
+    return 0
 
 
 # -- serve, index, models ----------------------------------------------------------------------------------
@@ -337,6 +351,18 @@ COMMANDS = {
             "otcrl table runs/3b runs/7b of=offloading eval=all  # by model size and training step",
         ),
         table,
+        {},
+        lists_presets=False,
+    ),
+    "export": Command(
+        "the trained model as a Hugging Face directory, which transformers and vLLM load",
+        "RUN out=DIR [step=N|best]",
+        (
+            "otcrl export runs/quickstart out=models/agent             # as the run left it, or its last checkpoint",
+            "otcrl export runs/quickstart out=models/agent step=30     # a checkpoint that it has kept",
+            "otcrl export runs/quickstart out=models/agent step=best   # by loop.keep_best",
+        ),
+        export,
         {},
         lists_presets=False,
     ),

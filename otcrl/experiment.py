@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,17 +13,20 @@ from typing import TYPE_CHECKING
 
 from rich import get_console
 
-from otcrl import checkpoint, dist
-from otcrl.errors import nearest
+from otcrl import checkpoint, dist, sealed
+from otcrl.checkpoint import Checkpoint
+from otcrl.errors import TrainingError, nearest
 from otcrl.evaluate.attempts import TRANSCRIPTS, is_right
 from otcrl.evaluate.offloading import Offloading, offloading
 from otcrl.evaluate.report import FILE, Report, before_after_table, make_report
 from otcrl.loggers import Loggers
 from otcrl.loggers.jsonl import JsonlLogger
 from otcrl.protocols import Dialect, Task
+from otcrl.resume import check_tools
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.transcripts import Transcript, Transcripts
 from otcrl.sft import Sft, train_sft
+from otcrl.termination import Terminated
 from otcrl.train import Bars, Run, publish, train
 from otcrl.types import COUNTERS, Metrics, Problem, Trajectory
 
@@ -48,8 +52,13 @@ class Evaluate:
 class Experiment:
     run: Run
     evaluate: Evaluate
-    first_step: int  # above 0 when resumed
+    resumed: Checkpoint | None
+    may_change: bool  # when resumed, what the tools answer from
     sft_seconds: float
+
+    @property
+    def first_step(self) -> int:
+        return self.resumed.standing.step if self.resumed is not None else 0
 
 
 def cold_start(
@@ -66,7 +75,8 @@ def cold_start(
     if config.steps < 1:
         return 0.0
     begun = time.monotonic()
-    bar, logger = bars("cold start (SFT)"), JsonlLogger(folder / "sft.jsonl") if dist.is_first() else Loggers([])
+    bar = bars("cold start (SFT)")
+    logger = JsonlLogger(folder / "sft.jsonl", resume_step=0) if dist.is_first() else Loggers([])
 
     def on_step(step: int, metrics: Metrics) -> None:
         bar(step + 1, config.steps)
@@ -79,21 +89,35 @@ def cold_start(
 
 
 async def run_experiment(experiment: Experiment) -> None:
-    """Evaluate, train, evaluate, and write summary.json and the before/after table."""
-    run, config = experiment.run, experiment.evaluate
+    """Evaluate, train, evaluate, and write summary.json and the before/after table; or as far as it may go."""
+    run = experiment.run
+    run.termination.listen()
+    try:
+        await whole_experiment(experiment)
+    except Terminated:
+        if dist.is_first():
+            print(f"otcrl: {run.folder} is saved, and the same command goes on with it", file=sys.stderr, flush=True)
+
+
+async def whole_experiment(experiment: Experiment) -> None:
+    run, config, unless_terminated = experiment.run, experiment.evaluate, experiment.run.termination.unless
+    if experiment.resumed is not None:
+        await check_tools(experiment.resumed, run.collector.player.tools, experiment.may_change)
     await publish(run, experiment.first_step, probes(run))
     begun = time.monotonic()
-    before = await report_before(experiment) if config.before else None
+    before = await unless_terminated(report_before(experiment)) if config.before else None
     before_s = time.monotonic() - begun
     begun = time.monotonic()
     await train(run, experiment.first_step)
     train_s = time.monotonic() - begun
-    await run.thread(checkpoint.save_model, run.folder / "model", run.learner, run.tokenizer.hf)
+    lost = await run.thread(save_final, run) or run.saver.lost
     begun = time.monotonic()
-    after = await report(run, config, "after")
-    sampled = await report(run, config, "sampled_after", run.collector.temperature) if config.sampled else None
+    after = await unless_terminated(report(run, config, "after"))
+    sampled = None
+    if config.sampled:
+        sampled = await unless_terminated(report(run, config, "sampled_after", run.collector.temperature))
     seconds = {"sft": experiment.sft_seconds, "train": train_s, "eval": before_s + time.monotonic() - begun}
-    run.logger.log(after.metrics(), run.loop.steps)
+    run.logger.log(after.metrics() | run.saver.metrics(), run.loop.steps)
     summary = {
         "before": figures(before),
         "after": figures(after),
@@ -102,8 +126,21 @@ async def run_experiment(experiment: Experiment) -> None:
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
     if dist.is_first():
-        (run.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        sealed.write_whole(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         show(after, before)
+    if lost:
+        raise TrainingError(f"the run is finished, but not everything is on disk: {lost}")
+
+
+def save_final(run: Run) -> str:
+    """The trained model, as run.folder/model. Says why it could not be written, if so."""
+    try:
+        checkpoint.save_model(run.folder / "model", run.learner, run.tokenizer.hf)
+    except OSError as error:
+        lost = f"{run.folder / 'model'} could not be written: {error.strerror or error}"
+        print(f"otcrl: FAILED: {lost}", file=sys.stderr, flush=True)
+        return lost
+    return ""
 
 
 def probes(run: Run) -> list[list[int]]:

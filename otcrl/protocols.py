@@ -241,6 +241,9 @@ class Tool(Protocol):
 
     A tool takes one text, which dialects that write JSON call `argument` (its attribute, else "input"). One that
     takes more than a text has `parameters` instead, the JSON schema of an object; `run` gets that object as JSON.
+
+    It may also have `is_local`, True where answers come from this machine within moments, so that an engine may wait
+    for them (otcrl/rollout/pace.py), and `identity`, the text that names what it answers from: a checkpoint keeps it.
     """
 
     @property

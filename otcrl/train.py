@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from otcrl import checkpoint, dist
+from otcrl import dist
 from otcrl.algos.mismatch import Correction, check_agreement, corrected
+from otcrl.checkpoint import Standing
+from otcrl.errors import TrainingError, nearest
 from otcrl.evaluate.metrics import by_source
 from otcrl.health import Health, write_culprits
 from otcrl.learner.proof import Proof
 from otcrl.learner.thread import LearnerThread
+from otcrl.loggers.jsonl import say_unwritten
 from otcrl.protocols import Algorithm, Engine, Logger, RewardFn, Task
 from otcrl.rollout.collect import Collector, Progress
 from otcrl.rollout.schedule import Group, Rollouts, together
 from otcrl.rollout.scoring import check_void, has_signal, score
 from otcrl.rollout.stream import joined
 from otcrl.rollout.transcripts import Signal, Transcript, Transcripts, signals
+from otcrl.saver import Saver
+from otcrl.termination import Terminated, Termination
 from otcrl.types import (
     COUNTERS,
     Batch,
@@ -51,7 +56,8 @@ class Loop:
     steps: int
     problems_per_step: int
     checkpoint_every: int  # steps; 0: only at the end
-    keep_checkpoints: int
+    keep_checkpoints: int  # the last ones
+    keep_best: str | None  # a metric of the steps, by which the best is kept too; with a minus, the lowest
     transcripts_every: int  # steps; 0: never
     max_void_share: float  # of one step's trajectories, lost to infrastructure; more stops the run
     max_logprob_gap: float | None  # nats, mean |log pi - log mu| of a step; more stops the run; None: never
@@ -88,6 +94,8 @@ class Run:
     rollouts: Rollouts
     thread: LearnerThread
     logger: Logger
+    saver: Saver
+    termination: Termination
     loop: Loop
     health: Health
     transcripts: Transcripts
@@ -99,7 +107,8 @@ async def train_step(step: int, run: Run) -> Metrics:
     """One optimisation step: problems in, new weights out."""
     clock = Stopwatch()
     signal = partial(has_signal, run.reward)
-    harvest = await run.rollouts.collect(step, signal, run.bars(f"step {step} rollout"))
+    playing = run.rollouts.collect(step, signal, run.bars(f"step {step} rollout"))
+    harvest = await run.termination.unless(playing)
     if dist.size() > 1:
         harvest = together(await run.thread(dist.gather, harvest.plain, f"step {step}: the other ranks' rollouts"))
     check_void(harvest.groups, run.loop.max_void_share)
@@ -174,7 +183,10 @@ def transcribe(
                     signal=signal.get(id(t)),
                 )
             )
-    run.transcripts.write(step, found)
+    try:
+        run.transcripts.write(step, found)
+    except OSError as error:
+        say_unwritten(run.transcripts.path, error, f"step {step} is not in it")
 
 
 async def publish(run: Run, version: int, token_ids: Sequence[Sequence[int]]) -> Metrics:
@@ -186,19 +198,45 @@ async def publish(run: Run, version: int, token_ids: Sequence[Sequence[int]]) ->
 
 
 async def train(run: Run, first_step: int = 0) -> None:
-    """Steps `first_step` up to `loop.steps`, logged, with checkpoints."""
-    folder, loop = run.folder / "checkpoints", run.loop
+    """Steps `first_step` up to `loop.steps`, logged, with checkpoints. Raises Terminated when asked to stop before."""
+    loop = run.loop
+    standing = stand(run, first_step)
     try:
         for step in range(first_step, loop.steps):
-            run.logger.log(await train_step(step, run), step)
-            done = step + 1
-            if done == loop.steps or (loop.checkpoint_every and done % loop.checkpoint_every == 0):
-                frontiers = await run.thread(dist.gather, run.rollouts.frontier(), "checkpoint")
-                state, frontier = run.reward.state_dict(), joined(frontiers)
-                save = partial(checkpoint.save, keep=loop.keep_checkpoints)
-                await run.thread(save, folder, done, run.learner, run.tokenizer.hf, state, frontier)
+            metrics = await train_step(step, run)
+            run.logger.log(metrics | run.saver.metrics(), step)
+            check_best(loop.keep_best, metrics)
+            run.saver.best.hear(step, metrics)
+            standing = stand(run, step + 1)
+            is_due = loop.checkpoint_every and standing.step % loop.checkpoint_every == 0
+            if standing.step == loop.steps or is_due:
+                await save(run, standing)
+            await run.thread(run.termination.check)
+    except Terminated:
+        if run.saver.saved != standing.step:
+            await save(run, standing)
+        raise
     finally:
         await run.rollouts.close()
+        await run.thread(run.saver.wait)
+
+
+def check_best(metric: str | None, metrics: Metrics) -> None:
+    """Raises TrainingError for a loop.keep_best that no step has."""
+    name = (metric or "").removeprefix("-")
+    if name and name not in metrics and "rollout/skipped" not in metrics:
+        raise TrainingError(f"loop.keep_best is {metric!r}, and steps have no such metric.{nearest(name, metrics)}")
+
+
+def stand(run: Run, step: int) -> Standing:
+    """Of this rank: its own part of the problems."""
+    return Standing(step=step, reward_state=run.reward.state_dict(), frontier=run.rollouts.frontier())
+
+
+async def save(run: Run, standing: Standing) -> None:
+    frontiers = await run.thread(dist.gather, standing.frontier, "checkpoint")
+    standing = replace(standing, frontier=joined(frontiers))
+    await run.thread(run.saver.save, standing, run.learner, run.tokenizer.hf)
 
 
 def rollout_metrics(groups: Sequence[Group]) -> Metrics:
@@ -210,7 +248,7 @@ def rollout_metrics(groups: Sequence[Group]) -> Metrics:
     metrics = {"reward/value": fmean(r.value for r in rewards)}
     metrics |= {f"reward/{name}": fmean(r.parts[name] for r in rewards) for name in rewards[0].parts}
     metrics |= {f"calls/{name}": fmean(count_calls(t, name) for t in trajectories) for name in COUNTERS}
-    metrics["calls/cached"] = fmean(sum(c.cached for c in t.tool_calls) for t in trajectories)
+    metrics["perf/cached_calls"] = fmean(sum(c.cached for c in t.tool_calls) for t in trajectories)
     metrics["rollout/tokens"] = fmean(len(t.token_ids) for t in trajectories)
     metrics["rollout/sampled_tokens"] = fmean(sum(t.action_mask) for t in trajectories)
     metrics["perf/tool_s"] = fmean(sum(c.seconds for c in t.tool_calls) for t in trajectories)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from otcrl import cli
+from otcrl import cli, sealed
 from otcrl.rewards.otc import OTCReward
 from otcrl.types import Reward, Trajectory
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -158,6 +158,10 @@ IMPOSSIBLE = {
     "seed=-1": "seed must be at least 0 and below 2**32, got -1",
     "name=7": "name must be str, got 7",
     "run_dir=null": "run_dir must be str, got None",
+    "resume=": "resume must be str, got ",
+    "resume_changed=yes please": "resume_changed must be bool, got 'yes please'",
+    "loop.keep_best=3": "loop.keep_best must be str | None, got 3",
+    "engine.tool_steps=-1": "engine: tool_steps must be 0 or more, got -1",
     "run_dir=/proc/none": "run_dir: cannot write in /proc/none: ",
 }
 
@@ -227,7 +231,6 @@ def test_what_is_no_run_cannot_be_resumed_or_measured(tmp_path: Path, capsys: py
         assert refusal(capsys, *words) == f"{tmp_path} is not a run directory: it has no config.yaml"
     assert cli.main(["train", "--cfg", *ATLAS]) == 0
     (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
-    assert refusal(capsys, "train", f"resume={tmp_path}") == f"{tmp_path}/checkpoints holds no complete checkpoint"
     assert refusal(capsys, "eval", f"run={tmp_path}").startswith(f"run={tmp_path} has no model yet: finish it with")
     assert refusal(capsys, "eval", f"run={tmp_path}", "step=2").startswith(
         f"run={tmp_path} has no checkpoint of step '2'. It has none."
@@ -329,11 +332,13 @@ def test_a_loss_of_nan_names_step_and_batch_and_the_run_goes_on_from_its_last_ch
     assert re.match(r"loss is nan, .* at step 2, mini-batch 0 \(rows \[", why)
     assert steps(tmp_path / "run") == [0, 1]
     assert checkpoints(tmp_path / "run") == ["step-000001", "step-000002"]
-    saved = tmp_path / "run/checkpoints/step-000002/run.json"
-    state = json.loads(saved.read_text())
-    saved.write_text(json.dumps(state | {"reward_state": {"atlas-0/train/never asked": 7}}))
+    last = tmp_path / "run/checkpoints/step-000002"
+    about, state = sealed.check(last), json.loads((last / "run.json").read_text())
+    (last / "run.json").write_text(json.dumps(state | {"reward_state": {"atlas-0/train/never asked": 7}}))
+    (last / sealed.MANIFEST).unlink()
+    sealed.seal(last, {name: value for name, value in about.items() if name != "files"})
 
-    assert cli.main(["train", f"resume={tmp_path / 'run'}", "reward=otc_grpo"]) == 0
+    assert cli.main(["train", f"resume={tmp_path / 'run'}", "reward=otc_grpo", "resume_changed=true"]) == 0
     assert steps(tmp_path / "run") == [0, 1, 2, 3, 4]  # the last line is the evaluation
     assert checkpoints(tmp_path / "run") == ["step-000003", "step-000004"]
     last = json.loads((tmp_path / "run/checkpoints/step-000004/run.json").read_text())
@@ -354,8 +359,10 @@ def test_a_resumed_run_keeps_its_reference_and_refuses_another_model(
     assert cli.main(["train", *words]) == 0
     whole = (folder / "metrics.jsonl").read_text().splitlines()
     shutil.rmtree(folder / "checkpoints/step-000002")
-    assert "and the config's model has [" in refusal(capsys, "train", f"resume={folder}", "model.width=32")
-    assert "resume with the algo it was made with" in refusal(capsys, "train", f"resume={folder}", "algo=ppo")
+    for other, message in (("model.width=32", "and the config's model has ["), ("algo=ppo", "resume with the algo")):
+        assert cli.main(["train", f"resume={folder}", other, "resume_changed=true"]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        (folder / "config.before-step-000001.yaml").replace(folder / "config.yaml")
     assert cli.main(["train", f"resume={folder}"]) == 0
     again = (folder / "metrics.jsonl").read_text().splitlines()
     assert json.loads(again[1])["update/kl"] == pytest.approx(json.loads(whole[1])["update/kl"], abs=1e-6)

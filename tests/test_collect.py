@@ -403,7 +403,8 @@ def test_a_restart_neither_skips_a_problem_nor_repeats_one(schedule, seconds, st
 
     before = play(Slow(takes), schedule, steps=stopped, fills=odd)
     saved = json.loads(json.dumps(asdict(before.frontier)))
-    since = Frontier(cursor=saved["cursor"], pending=tuple(saved["pending"]))
+    first = tuple((number, step) for number, step in saved["since"])
+    since = Frontier(cursor=saved["cursor"], pending=tuple(saved["pending"]), since=first)
     after = play(Slow(takes), schedule, steps=6 - stopped, first=stopped, since=since, fills=odd)
     consumed = [number for numbers in [*before.numbers, *after.numbers] for number in numbers]
     assert sorted([*consumed, *after.frontier.pending]) == list(range(after.frontier.cursor))

@@ -14,14 +14,15 @@ FILES = sorted((ROOT / "otcrl").rglob("*.py"))
 # A module may import what stands on its own line or above it, never below.
 LAYERS = (
     ("errors", "presets", "bucketing", "packing"),
-    ("jsonlines",),
+    ("jsonlines", "sealed"),
     ("types",),
     ("protocols",),
-    ("construct", "compose", "checkpoint", "dist", "loggers", "smollm2"),
+    ("construct", "compose", "checkpoint", "dist", "loggers", "smollm2", "termination"),
+    ("saver", "resume"),
     ("algos", "rewards", "rollout", "tools", "tasks", "dialects", "models"),
     ("learner",),
     ("health", "train", "sft", "evaluate", "experiment", "plan", "report", "watch"),
-    ("build", "serve", "indexing", "data"),
+    ("build", "serve", "indexing", "data", "export"),
     ("cli",),
     ("__main__",),
 )

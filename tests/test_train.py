@@ -41,7 +41,7 @@ def lines(path: Path) -> list[dict]:
 def learned(folder: Path) -> list[dict]:
     """What a run did, without how long it took."""
     rows = lines(folder / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/", "calls/cached"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/", "checkpoint/"))} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -282,8 +282,9 @@ def test_a_restart_changes_nothing_in_which_problems_are_asked(tmp_path, schedul
 def test_a_checkpoint_knows_the_problems_that_are_under_way(tmp_path):
     train(tmp_path / "run", "loop.steps=4", *BRIEF, "rollout.schedule.ahead=1")
     half, whole = frontiers(tmp_path / "run")
-    assert half == {"cursor": 18, "pending": [12, 13, 14, 15, 16, 17]}
-    assert whole == {"cursor": 24, "pending": []}
+    ahead = [12, 13, 14, 15, 16, 17]
+    assert half == {"cursor": 18, "pending": ahead, "since": [[number, 1] for number in ahead]}
+    assert whole == {"cursor": 24, "pending": [], "since": []}
 
 
 def frontiers(folder: Path) -> list[dict]:
@@ -299,7 +300,7 @@ def test_a_step_without_any_signal_is_skipped_and_says_so(tmp_path):
         assert row["rollout/groups_played"] == row["rollout/groups_dropped_no_signal"] == 12
         assert row["reward/groups_with_signal"] == 0
         assert "update/loss" not in row
-    assert frontiers(tmp_path / "run")[-1] == {"cursor": 24, "pending": []}
+    assert frontiers(tmp_path / "run")[-1] == {"cursor": 24, "pending": [], "since": []}
 
 
 @pytest.mark.slow

@@ -351,11 +351,17 @@ class Learner:
         if not self.lora.rank:
             load_weights(self.backends["policy"], values)
 
+    def refer_to(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        """The reference has these weights: what `begin` gave it before the run was interrupted."""
+        if self._reference is not None:
+            load_weights(self._reference, values)
+
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """All else that training goes on from: what the optimizers have gathered, the critic, adapters.
 
         By names that say nothing of how the work is split. On all ranks, and each valid until the next.
         """
+        yield "learner/skipped", torch.tensor(self._skipped)
         for name, backend in self.backends.items():
             for key, value in backend.state():
                 yield f"{name}/{key}", value
@@ -365,6 +371,7 @@ class Learner:
 
     def load_state(self, read: Callable[[str], Tensor]) -> None:
         """What `state` gave; `read` has it by its name."""
+        self._skipped = int(read("learner/skipped"))
         for name, backend in self.backends.items():
             for key, parameter in self._own_weights(name):
                 backend.put(parameter, read(f"{name}/weights/{key}"))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, nullcontext
 from functools import cached_property
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from transformers import PreTrainedModel
 from otcrl.errors import ConfigError, EngineError
 from otcrl.protocols import Completion, Tokenizer
 from otcrl.rollout.hf_forward import Forward, Moves, Request, Session, Stats, copy_weights
+from otcrl.rollout.pace import Pace
 
 LOOP_TURNS = 3  # turns of the event loop between steps: who just got a completion can submit the next turn in time
 
@@ -30,9 +32,18 @@ class HFEngine:
     wired: ClassVar[frozenset[str]] = frozenset({"model", "tokenizer"})
 
     def __init__(
-        self, *, model: PreTrainedModel, tokenizer: Tokenizer, max_sequences: int, context: int, batch_tokens: int
+        self,
+        *,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
+        max_sequences: int,
+        context: int,
+        batch_tokens: int,
+        tool_steps: int = 4,
     ) -> None:
         """`model` is the engine's own copy. Raises ConfigError if the model or a number cannot work."""
+        if tool_steps < 0:
+            raise ConfigError(f"tool_steps must be 0 or more, got {tool_steps}")
         for name, value in (("max_sequences", max_sequences), ("context", context), ("batch_tokens", batch_tokens)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -49,6 +60,7 @@ class HFEngine:
         self._running: list[Session] = []  # sorted by row
         self._loads: list[tuple[Iterable[tuple[str, Tensor]], int, asyncio.Future[None]]] = []
         self._scores: list[tuple[list[int], asyncio.Future[list[float]]]] = []
+        self._pace = Pace(tool_steps) if tool_steps else None
         self._server: asyncio.Task[None] | None = None
         self._incomplete = ""  # what went wrong with the weights: nothing is generated until they are whole
         self._closed = False
@@ -108,6 +120,13 @@ class HFEngine:
             self._forget(gone)
         elif not gone.request.future.done():
             gone.request.future.set_exception(EngineError(f"session {session!r} was released while generating"))
+
+    def pace(self) -> AbstractAsyncContextManager[None]:
+        """Holds the tool call inside to a fixed number of decode steps (otcrl/rollout/pace.py)."""
+        if self._pace is None or self._closed:
+            return nullcontext()
+        self._start()
+        return self._pace.call()
 
     async def sleep(self) -> None:
         """Its memory is the trainer's own: there is nothing to give back."""
@@ -188,9 +207,10 @@ class HFEngine:
     async def _serve(self) -> None:
         """Steps until there is nothing to do. Whatever goes wrong reaches everyone who waits."""
         try:
-            while self._waiting or self._running or self._loads or self._scores:
-                for _ in range(LOOP_TURNS):
-                    await asyncio.sleep(0)
+            while self._waiting or self._running or self._loads or self._scores or self._is_holding:
+                await turns()
+                if self._pace is not None and await self._pace.tick(idle=not (self._waiting or self._running)):
+                    await turns()
                 self._reap()
                 self._load()
                 await self._score()
@@ -201,6 +221,10 @@ class HFEngine:
             self._fail(error)
             if not isinstance(error, Exception):
                 raise
+
+    @property
+    def _is_holding(self) -> bool:
+        return self._pace is not None and self._pace.is_holding
 
     async def _step(self, moves: Moves) -> None:
         loop = asyncio.get_running_loop()
@@ -324,5 +348,12 @@ class HFEngine:
         for here in (*self._running, *self._waiting):
             self._forget(here)
         self._running, self._waiting, self._loads, self._scores = [], [], [], []
+        if self._pace is not None:
+            self._pace.let_go()
         self._drop_caches()
         self._forward.reset()
+
+
+async def turns() -> None:
+    for _ in range(LOOP_TURNS):
+        await asyncio.sleep(0)

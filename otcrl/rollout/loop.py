@@ -25,6 +25,7 @@ from otcrl.protocols import (
     Tool,
     ToolResult,
 )
+from otcrl.rollout.pace import paced
 from otcrl.types import Metrics, Outcome, Problem, Stop, ToolCall, Trajectory
 
 
@@ -243,7 +244,9 @@ class Player:
         if done == self.limits.max_calls:
             return ToolCall(asked.tool, asked.arguments, "", Outcome.OVER_BUDGET)
         draft.waits_for = ToolCall(asked.tool, asked.arguments, "not back before the deadline", Outcome.INFRA_ERROR)
-        call = await run_call(self.tools[asked.tool], asked.arguments, session, self.limits.tool_timeout_s)
+        tool = self.tools[asked.tool]
+        async with paced(self.engine, tool):
+            call = await run_call(tool, asked.arguments, session, self.limits.tool_timeout_s)
         draft.waits_for = None
         return call
 

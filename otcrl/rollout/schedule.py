@@ -170,10 +170,12 @@ class Rollouts:
 
     def frontier(self) -> Frontier:
         """For a checkpoint: what is under way, or complete and not consumed, is played again after a restart."""
-        return self._stream.frontier(group.number for group in self._outstanding())
+        frontier = self._stream.frontier(group.number for group in self._outstanding())
+        return replace(frontier, since=tuple((number, self._first[number]) for number in frontier.pending))
 
     def restore(self, frontier: Frontier) -> None:
         self._stream.restore(frontier)
+        self._first = dict(frontier.since)
 
     async def close(self) -> None:
         """Cancel whatever is under way, and await its end."""

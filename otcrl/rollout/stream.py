@@ -71,4 +71,5 @@ def joined(frontiers: Sequence[Frontier]) -> Frontier:
     cursor = max(frontier.cursor for frontier in frontiers)
     behind = (number for frontier in frontiers for number in range(frontier.cursor, cursor, ranks))
     begun = (number for frontier in frontiers for number in frontier.pending)
-    return Frontier(cursor=cursor, pending=tuple(sorted([*begun, *behind])))
+    since = (pair for frontier in frontiers for pair in frontier.since)
+    return Frontier(cursor=cursor, pending=tuple(sorted([*begun, *behind])), since=tuple(sorted(since)))

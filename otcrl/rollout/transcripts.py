@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 
+from otcrl.loggers.jsonl import append
 from otcrl.protocols import Tokenizer
 from otcrl.rollout.token_texts import token_texts
 from otcrl.types import Batch, Reward, Scores, Targets, Trajectory
@@ -112,8 +113,9 @@ class Transcripts:
     known: dict[int, str] = field(default_factory=dict, repr=False)  # what single tokens decode to
 
     def write(self, step: int, transcripts: Iterable[Transcript]) -> None:
-        # half of a surrogate pair, which a tool's JSON may hold, is no UTF-8: written as \ud800, it is JSON
-        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            for transcript in transcripts:
-                line = transcript.line(step, self.tokenizer, self.known)
-                file.write(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n")
+        """All of them or, where that raises OSError, none."""
+        lines = (transcript.line(step, self.tokenizer, self.known) for transcript in transcripts)
+        text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
+        with self.path.open("ab", buffering=0) as file:
+            # half of a surrogate pair, which a tool's JSON may hold, is no UTF-8: written as \ud800, it is JSON
+            append(file, text.encode(errors="backslashreplace"))

@@ -79,6 +79,10 @@ class PythonTool:
     def _cache(self) -> OrderedDict[str, ToolResult]:
         return OrderedDict()
 
+    @property
+    def is_local(self) -> bool:
+        return not self.urls
+
     async def start(self) -> None:
         """Every interpreter warmed; without it the first calls do that."""
         await self._pool.start()

@@ -139,6 +139,15 @@ class SearchTool:
     async def close(self) -> None:
         await self._source.close()
 
+    @property
+    def is_local(self) -> bool:
+        return not self._is_remote
+
+    @property
+    def identity(self) -> str | None:
+        """Of the index that answers: another one, other answers. None before it is open, or where it does not tell."""
+        return "+".join(self._source.identity or ()) or None
+
     def open(self) -> Index:
         """The index that the fields describe."""
         if self.corpus or self.passages:

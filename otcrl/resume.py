@@ -1,0 +1,254 @@
+"""Whether a run goes on from an earlier one or begins anew (docs/checkpoints.md).
+
+`resume: auto` looks into run_dir: an unfinished run of the same config goes on, a finished one is moved aside.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from otcrl import checkpoint, dist, sealed
+from otcrl.checkpoint import Checkpoint
+from otcrl.compose import load, to_yaml
+from otcrl.errors import ConfigError, DataError, OtcrlError
+
+T = TypeVar("T")
+Config = Mapping[str, Any]
+KEYWORDS = ("auto", "never")
+FREE = (  # settings that change no weight: where, how often and to whom a run tells what, and when it gives up
+    *("resume", "resume_changed", "name", "run_dir", "logger.*"),
+    *("loop.checkpoint_every", "loop.keep_checkpoints", "loop.keep_best", "loop.transcripts_every"),
+    *("loop.max_void_share", "loop.max_logprob_gap", "sync.*", "ranks.*"),
+    *("tools.*.urls", "tools.*.shards", "tools.*.token"),  # what they serve is compared itself: `check_tools`
+)
+MISSING = object()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run begins."""
+
+    folder: Path
+    goes_on: bool = False  # the folder's run is this one; otherwise what is there is moved aside
+    checkpoint: Checkpoint | None = None
+    cold: Path | None = None  # the model after the cold start, where that is done
+
+    @property
+    def step(self) -> int:
+        return self.checkpoint.standing.step if self.checkpoint is not None else 0
+
+    def prepare(self, cfg: Config) -> None:
+        """The run directory with the config in it. What is there of another run is renamed, never lost. All ranks."""
+        decided_by_first(partial(self._prepare, cfg), "making the run's directory")
+
+    def _prepare(self, cfg: Config) -> None:
+        if self.goes_on:
+            (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that is finished
+            sealed.clear(self.folder)
+            sealed.clear(self.folder / "checkpoints")
+            keep_config(self.folder, cfg, self.step)
+        else:
+            new_folder(self.folder, cfg)
+
+
+def find_start(cfg: Config) -> Start:
+    """On all ranks. Raises ConfigError for a run that cannot go on like this."""
+    return decided_by_first(partial(decide, cfg), "where to begin")
+
+
+def decided_by_first(decide: Callable[[], T], what: str) -> T:
+    """What the first rank's call has returned, or raised."""
+    found: T | None = None
+    error: OtcrlError | None = None
+    if dist.is_first():
+        try:
+            found = decide()
+        except OtcrlError as caught:
+            error = caught
+    found, error = dist.from_first((found, error), what)
+    if error is not None:
+        raise error
+    return cast(T, found)
+
+
+def decide(cfg: Config) -> Start:
+    mode, folder = cfg["resume"], Path(cfg["run_dir"])
+    if mode == "never" or (mode == "auto" and (is_finished(folder) or not is_run(folder))):
+        return Start(folder=folder)
+    if mode != "auto":
+        folder = Path(mode)
+        if not is_run(folder):
+            raise ConfigError(f"{folder} is not a run directory: it has no config.yaml")
+    changed = changes(load(folder / "config.yaml"), cfg)
+    saved = checkpoint.complete(folder / "checkpoints")
+    cold = folder / "sft" if (folder / "sft" / sealed.MANIFEST).is_file() else None
+    if not saved and not cold:
+        has_model = (folder / "model").is_dir()  # of `otcrl sft`: it would be written over
+        if mode == "auto" and (changed or has_model):
+            return Start(folder=folder)  # nothing is there that could go on
+        if has_model:
+            raise ConfigError(f"{folder} has a model and no checkpoint, so there is nothing to go on from")
+    check_changes(folder, changed, cfg)
+    found = checkpoint.newest(folder / "checkpoints", tell)
+    if found is not None and found.standing.step > cfg["loop"]["steps"]:
+        raise ConfigError(f"{folder} is at step {found.standing.step} already, and loop.steps={cfg['loop']['steps']}")
+    if cold is not None:
+        sealed.check(cold)
+        if found is None and cfg["learner"]["lora"]["rank"]:
+            cold = None  # the adapters that it has trained are not in it
+    where = f"from step {found.standing.step}" if found else "after its cold start" if cold else "from its beginning"
+    tell(f"the run in {folder} goes on {where}")
+    if found is not None:
+        tell_differences(found)
+    return Start(folder=folder, goes_on=True, checkpoint=found, cold=cold)
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file()
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "summary.json").is_file()
+
+
+# -- what has changed -----------------------------------------------------------------------------------
+
+
+def changes(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` for each setting that differs and may change what is learned."""
+    before, after = dict(leaves(old)), dict(leaves(new))
+    differing = [key for key in {**before, **after} if before.get(key, MISSING) != after.get(key, MISSING)]
+    return [
+        f"{key}: {shown(before.get(key, MISSING))} -> {shown(after.get(key, MISSING))}"
+        for key in differing
+        if not is_free(key, old, new)
+    ]
+
+
+def is_free(key: str, old: Config, new: Config) -> bool:
+    if key == "loop.steps":  # learning rates that decay over the run depend on how long it is
+        return all(is_constant(config) for config in (old, new))
+    return any(fnmatch(key, free) for free in FREE)
+
+
+def is_constant(config: Config) -> bool:
+    rates = [config["learner"].get(f"{name}_optimizer", {}) for name in ("policy", "critic")]
+    return all(rate.get("final_lr_share") == 1 for rate in rates)
+
+
+def check_changes(folder: Path, changed: list[str], cfg: Config) -> None:
+    """Shows them. Raises ConfigError unless they are wanted."""
+    if not changed:
+        return
+    for line in changed:
+        tell(f"  {line}")
+    if not cfg["resume_changed"]:
+        plural = "s differ" if len(changed) > 1 else " differs"
+        raise ConfigError(
+            f"the run in {folder} has another config: the setting{plural} that is shown above. Add resume_changed=true "
+            "to go on with the new one, or resume=never to begin anew (the run that is there is moved aside)"
+        )
+    tell(f"the config of {folder} has changed as shown above, and resume_changed=true")
+
+
+def tell_differences(found: Checkpoint) -> None:
+    """Other libraries, another number of ranks: the same up to rounding."""
+    before, now = found.about["versions"], checkpoint.versions()
+    differing = [f"{name} {before.get(name)} -> {now.get(name)}" for name in {**before, **now}]
+    differing = [
+        text for text, name in zip(differing, {**before, **now}, strict=True) if before.get(name) != now.get(name)
+    ]
+    if found.about["ranks"] != dist.size():
+        differing.append(f"ranks {found.about['ranks']} -> {dist.size()}")
+    if differing:
+        tell(f"from here on the same up to rounding: {', '.join(differing)}")
+
+
+def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Every setting that is not a section, by its dotted key."""
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def shown(value: object) -> str:
+    return "(not there)" if value is MISSING else repr(value)
+
+
+def tell(text: str) -> None:
+    print(f"otcrl: {text}", file=sys.stderr, flush=True)
+
+
+# -- the run directory ------------------------------------------------------------------------------------
+
+
+def new_folder(folder: Path, cfg: Config) -> None:
+    """An empty run directory with the config in it."""
+    with unwritable(folder):
+        if folder.exists() and any(folder.iterdir()):
+            number = 1
+            while (old := folder.with_name(f"{folder.name}.{number}")).exists():
+                number += 1
+            folder.rename(old)
+            print(f"otcrl: {folder} held an earlier run, now {old}")
+        folder.mkdir(parents=True, exist_ok=True)
+        sealed.write_whole(folder / "config.yaml", as_kept(cfg))
+
+
+def keep_config(folder: Path, cfg: Config, step: int) -> None:
+    """The config that the run goes on with; the one before is kept beside it if they differ."""
+    with unwritable(folder):
+        path, now = folder / "config.yaml", as_kept(cfg)
+        if (before := path.read_text()) != now:
+            sealed.write_whole(folder / f"config.before-step-{step:06d}.yaml", before)
+            sealed.write_whole(path, now)
+
+
+def as_kept(cfg: Config) -> str:
+    """Without what was asked of this start alone."""
+    return to_yaml(dict(cfg) | {"resume": "auto", "resume_changed": False})
+
+
+@contextmanager
+def unwritable(folder: Path) -> Iterator[None]:
+    """Turns what the file system refuses into a ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"run_dir: cannot write in {folder}: {error.strerror or error}") from error
+
+
+# -- tools ------------------------------------------------------------------------------------------------
+
+
+def identities(tools: Mapping[str, Any]) -> dict[str, str]:
+    """What a tool answers from, where its settings do not say it: the index of a search."""
+    known = {name: getattr(tool, "identity", None) for name, tool in tools.items()}
+    return {name: identity for name, identity in known.items() if identity}
+
+
+async def check_tools(found: Checkpoint, tools: Mapping[str, Any], is_wanted: bool) -> None:
+    """Raises DataError when a tool answers from something else than before the restart."""
+    for name, before in found.about["tools"].items():
+        tool = tools.get(name)
+        if tool is None or not hasattr(tool, "start"):
+            continue
+        await tool.start()
+        now = identities({name: tool}).get(name)
+        if now == before:
+            continue
+        tell(f"  tools.{name} answers from {before} -> {now}")
+        if not is_wanted:
+            raise DataError(
+                f"tools.{name} answers from {now}, and the run's answered from {before}: another index, other answers. "
+                "Serve that one, or add resume_changed=true"
+            )
