@@ -305,7 +305,7 @@ def test_a_question_is_compared_before_and_after(open_, report):
     assert panes.nth(1).locator(".beside").inner_text() == "first: evaluation after"
     assert panes.nth(0).locator(".question").inner_text() == panes.nth(1).locator(".question").inner_text()
     opened.page.get_by_label("Right", exact=True).select_option(label="second: evaluation after")
-    assert opened.page.get_by_text("These two share no question.").is_visible() or panes.nth(1).is_visible()
+    opened.page.get_by_text("These two share no question.").or_(panes.nth(1)).first.wait_for()
     assert opened.errors == []
 
 
