@@ -444,7 +444,7 @@ def test_a_buffer_that_belongs_to_the_weights_is_saved_with_them(tmp_path):
 
 def test_another_model_is_refused_by_the_name_of_a_weight(tmp_path):
     checkpoint.save_model(tmp_path / "model", holding(tiny_llama(30)), TOKENIZER)
-    with pytest.raises(DataError, match=r"embed_tokens.weight is \[30, 32\], and the config's model has \[31, 32\]"):
+    with pytest.raises(DataError, match=r"weight is \[30, 32\], and the config's model has \[31, 32\]"):
         back(tmp_path / "model", tiny_llama(31))
     with pytest.raises(DataError, match="is no weight of the config's model"):
         back(tmp_path / "model", tiny_llama(30, tied=True))

@@ -17,12 +17,14 @@ from tests.test_bad_input import ATLAS, refusal
 from tests.test_learner import grpo, make_learner
 from tests.tiny import tiny_llama, tiny_tokenizer
 
+BY_LENGTH = "reward._target_=tests.ranks.ByLength"  # every group has a signal, so the weights change in every step
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export") / "run"
     settings = ["loop.steps=4", "loop.keep_checkpoints=2", "loop.keep_best=-rollout/tokens"]
-    assert cli.main(["train", *ATLAS, f"run_dir={folder}", *settings]) == 0
+    assert cli.main(["train", *ATLAS, BY_LENGTH, f"run_dir={folder}", *settings]) == 0
     return folder
 
 
