@@ -25,7 +25,7 @@ KEYWORDS = ("auto", "never")
 FREE = (  # settings that change no weight: where, how often and to whom a run tells what, and when it gives up
     *("resume", "resume_changed", "name", "run_dir", "logger.*"),
     *("loop.checkpoint_every", "loop.keep_checkpoints", "loop.keep_best", "loop.transcripts_every"),
-    *("loop.max_void_share", "loop.max_logprob_gap", "sync.*", "ranks.*"),
+    *("loop.max_void_share", "loop.max_logprob_gap", "sync.*", "health.*", "ranks.*"),
     *("tools.*.urls", "tools.*.shards", "tools.*.token"),  # what they serve is compared itself: `check_tools`
 )
 MISSING = object()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -24,8 +25,9 @@ class Termination:
         self._asked = asyncio.Event()
 
     def listen(self) -> None:
-        """From now on, in the running event loop, in the main thread."""
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._hear)
+        """From now on, in the running event loop; only a process's main thread may."""
+        if threading.current_thread() is threading.main_thread():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._hear)
 
     def _hear(self) -> None:
         self._asked.set()
