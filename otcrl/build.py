@@ -38,6 +38,7 @@ from otcrl.protocols import (
     Engine,
     Logger,
     Malformed,
+    Prepares,
     RewardFn,
     Task,
     Tokenizer,
@@ -71,7 +72,7 @@ def run_train(cfg: Config) -> None:
     start = find_start(cfg)
     config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
     world = build_world(cfg)
-    check_column(world.task.held_out(), config.difficulty)
+    check_evaluation(config, world)
     with Bars(quiet=not dist.is_first()) as bars:
         run = build_run(cfg, world, bars, start)
         try:
@@ -148,7 +149,7 @@ def run_eval(cfg: Config) -> None:
     world = build_world(cfg, weights=needs_model)
     if not world.task.held_out():
         raise ConfigError("the task has no evaluation problems: name a file, data=FILE")
-    check_column(world.task.held_out(), config.difficulty)
+    check_evaluation(config, world)
     parts = {"model": world.model.eval()} if needs_model else {}
     engine = construct(cfg["engine"], "engine", tokenizer=world.tokenizer, **parts)
     collector = build_collector(cfg, world, engine)
@@ -381,6 +382,14 @@ def check_dialect(dialect: Dialect, task: Task, tokenizer: Tokenizer, tools: Map
         dialect.check(tokenizer, tools)
     except ConfigError as error:
         raise type(error)(f"dialect: {error}") from error
+
+
+def check_evaluation(config: Evaluate, world: World) -> None:
+    """Raises ConfigError for what an evaluation would only find out at its end."""
+    check_column(world.task.held_out(), config.difficulty)
+    if config.offloading and isinstance(world.dialect, Prepares):
+        raise ConfigError("evaluate.offloading takes tools away and forces calls, and this dialect leaves neither to "
+                          "the policy: set it to false")  # fmt: skip
 
 
 def check_questions(player: Player, task: Task, loop: Loop) -> None:

@@ -483,6 +483,15 @@ def test_compare_says_when_an_em_was_never_reached(runs: tuple[Path, Path], caps
     assert shown(capsys, "compare", *runs, "window=2", "em=0.95").count("not reached") == 4  # step and seconds, twice
 
 
+def test_runs_that_were_never_trained_are_compared_as_well(
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    untrained = save(runs[0].parent / "rag", {"greedy": RUN})
+    text = shown(capsys, "compare", untrained, runs[1], f"json={tmp_path / 'out.json'}")
+    assert "Training" not in text
+    assert list(json.loads((tmp_path / "out.json").read_text())["training"]["runs"]) == ["otc"]
+
+
 def test_compare_is_loud_about_questions_that_it_leaves_out(
     runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -502,6 +511,10 @@ def test_compare_refuses_what_it_cannot_read(runs: tuple[Path, Path], capsys: py
     assert refusal(capsys, "compare", *runs, "seed=x") == "compare.seed must be int, got 'x'"
     assert refusal(capsys, "compare", *runs, "seed=1", "seed=2") == "seed is given twice"
     assert "holds no evaluation" in refusal(capsys, "compare", runs[0], runs[0].parent / "none")
+    assert (
+        refusal(capsys, "compare", *runs, "json=/none/such.json") == "json=/none/such.json: No such file or directory"
+    )
+    assert refusal(capsys, "table", *runs, "out=/none/such.md") == "out=/none/such.md: No such file or directory"
     other = save(runs[0].parent / "emitted", {"after": RUN}, change=lambda report: replace(report, counter="emitted"))
     assert "the reports count different calls, emitted and well_formed" in refusal(capsys, "compare", runs[0], other)
     assert "emitted" in shown(capsys, "compare", runs[0], other, "counter=emitted")

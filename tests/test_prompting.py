@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from otcrl import cli
 from otcrl.compose import compose
 from otcrl.construct import construct
 from otcrl.dialects.prompting import Prompting
 from otcrl.errors import ConfigError, EngineError
+from otcrl.evaluate.attempts import read_attempts
 from otcrl.presets import find_preset
 from otcrl.protocols import Answer, Call, Completion, Dialect, Malformed, Nothing, ToolResult
 from otcrl.rollout.loop import Limits, Player
 from otcrl.types import Outcome, Problem, Stop, Trajectory, count_calls
 from tests.test_rollout import Search
-from tests.tiny import tiny_tokenizer
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer(".\n", "</answer>")
 PROBLEM = Problem(id="toy/test/0", question="Who wrote {passages}?", answers=("b",), source="toy")
@@ -166,8 +170,14 @@ def test_a_look_up_that_fails_makes_the_trajectory_void_and_one_that_is_refused_
 
 def test_rag_without_a_tool_to_ask_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"dialect\.tool is 'search', which is not in tools"):
-        dialect("rag").stop({})
-    assert list(dialect("direct").stop({})) == ["</answer>"]
+        dialect("rag").check(TOKENIZER, {})
+    dialect("rag").check(TOKENIZER, {"search": Search()})
+    dialect("direct").check(TOKENIZER, {})
+
+
+def test_a_look_up_beyond_the_budget_of_calls_ends_the_trajectory() -> None:
+    t = play("rag", Script(), tool := Search(), replace(LIMITS, max_calls=0))
+    assert (t.stop, tool.asked, count_calls(t, "emitted")) == (Stop.MAX_CALLS, [], 1)
 
 
 # -- IRCoT ----------------------------------------------------------------------------------------------
@@ -221,6 +231,42 @@ def test_an_answer_that_is_not_closed_is_malformed() -> None:
     assert isinstance(IRCOT.parse("<answer> b\n", {}), Malformed)
 
 
+# -- with real parts --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of an evaluation of a random model on two questions, with a search tool over one passage."""
+    folder = tmp_path_factory.mktemp("prompting")
+    tiny_llama(TOKENIZER.vocab_size).save_pretrained(folder / "model")
+    TOKENIZER.hf.save_pretrained(folder / "model")
+    rows = [{"id": str(i), "question": f"Who is {i}?", "answers": ["x"]} for i in range(2)]
+    (folder / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "corpus.jsonl").write_text('{"id": "1", "title": "Paris", "text": "The capital of France."}\n')
+    return [
+        *("conf=quickstart", f"model={folder / 'model'}", f"data=toy={folder / 'toy.jsonl'}", "engine.context=512"),
+        *(f"tools.search.corpus=[{folder / 'corpus.jsonl'}]", "rollout.limits.max_tokens=60", "evaluate.sampled=false"),
+        *("rollout.limits.max_observation_tokens=60", f"run_dir={folder / 'run'}"),
+    ]
+
+
+@pytest.mark.parametrize(("name", "calls"), [("direct", 0), ("cot", 0), ("rag", 1), ("ircot", 1), ("tir", 0)])
+def test_otcrl_eval_runs_every_one_of_them(name: str, calls: int, settings: list[str]) -> None:
+    assert cli.main(["eval", *settings, f"dialect={name}", f"as={name}"]) == 0
+    folder = Path(settings[-1].removeprefix("run_dir=")) / "eval" / name / "greedy"
+    found = read_attempts(folder)
+    assert [a.source for a in found] == ["toy", "toy"]
+    assert all(a.calls("well_formed") >= calls and not a.is_void for a in found)
+    assert (folder / "config.yaml").is_file()
+
+
+def test_offloading_is_refused_where_calls_are_not_the_policys(
+    settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["eval", *settings, "dialect=rag", "evaluate.offloading=true"]) == 2
+    assert "evaluate.offloading takes tools away and forces calls" in capsys.readouterr().err
+
+
 # -- what cannot be --------------------------------------------------------------------------------------
 
 
@@ -235,9 +281,7 @@ def test_each_sentence_needs_a_place_for_the_passages_and_every_prompt_one_for_t
         replace(IRCOT, observation_template="")
 
 
-def test_no_call_can_be_forced_or_demonstrated_where_there_are_none() -> None:
-    with pytest.raises(ConfigError, match=r"evaluate\.offloading=false"):
-        IRCOT.open_call("search")
+def test_no_call_can_be_demonstrated_where_there_are_none() -> None:
     with pytest.raises(ConfigError, match="the policy makes no calls"):
         replace(IRCOT, each_sentence=False).write_call("search", "q")
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from otcrl.errors import ConfigError, DataError
 from otcrl.evaluate.attempts import read_attempts
 from otcrl.evaluate.grid import Cell, Content, Grid, share, terminal
-from otcrl.evaluate.options import Common, CompareOptions, parsed
+from otcrl.evaluate.options import Common, CompareOptions, parsed, write
 from otcrl.evaluate.paired import Comparison, Difference, compare, pairs
 from otcrl.evaluate.runs import Evaluated, changed_settings, find, labels, steps
 from otcrl.evaluate.training import FIGURES, em_curve, time_to, training
@@ -68,7 +67,7 @@ def run(words: Sequence[str]) -> int:
     for key, one, another in changed:
         console.print(f"  {key}: {one} | {another}", highlight=False, markup=False, soft_wrap=True)
     if options.json is not None:
-        write(options.json, baseline, other, found, rows, options)
+        write("json", options.json, numbers(baseline, other, found, rows, options))
     return 0
 
 
@@ -204,15 +203,14 @@ def change(baseline: float | None, value: float | None) -> float | None:
 # -- JSON -------------------------------------------------------------------------------------------------
 
 
-def write(
-    path: Path,
+def numbers(
     baseline: Evaluated,
     other: Evaluated,
     found: Compared,
     rows: Mapping[str, Sequence[Metrics]],
     options: CompareOptions,
-) -> None:
-    """Every figure of the comparison; undefined ones are null."""
+) -> str:
+    """Every figure of the comparison as JSON; undefined ones are null."""
     em = target(next(iter(rows.values())), options)
     costs = {
         label: asdict(training(own, options.window))
@@ -229,4 +227,4 @@ def write(
         "training": {"em": em, "window": options.window, "runs": costs},
         "settings": [list(each) for each in changed_settings(baseline.config, other.config)],
     }
-    path.write_text(json.dumps(said, indent=2, allow_nan=False, default=str) + "\n", encoding="utf-8")
+    return json.dumps(said, indent=2, allow_nan=False, default=str) + "\n"

@@ -72,3 +72,11 @@ def _value(name: str, text: str) -> object:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot read {name}={text}") from error
+
+
+def write(name: str, path: Path, text: str) -> None:
+    """Raises ConfigError, with the setting's name, where the file cannot be written."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{name}={path}: {error.strerror or error}") from error

@@ -9,7 +9,7 @@ from otcrl.errors import ConfigError, DataError
 from otcrl.evaluate.compare import OVERALL, behaviour_grid, change, compared, training_grid
 from otcrl.evaluate.grid import FORMS, NOTHING, Cell, Content, Grid, estimate, share
 from otcrl.evaluate.metrics import Average, Summary
-from otcrl.evaluate.options import TableOptions, parsed
+from otcrl.evaluate.options import TableOptions, parsed, write
 from otcrl.evaluate.report import ALL, OFFLOADING, domains
 from otcrl.evaluate.runs import Evaluated, evaluations, find, labels, parameters, steps
 
@@ -32,7 +32,7 @@ def run(words: Sequence[str]) -> int:
     if options.out is None:
         print(text, end="")
     else:
-        options.out.write_text(text, encoding="utf-8")
+        write("out", options.out, text)
     return 0
 
 

@@ -68,7 +68,7 @@ def time_to(rows: Sequence[Metrics], em: float, window: int = WINDOW) -> Reached
 def em_curve(rows: Sequence[Metrics], window: int = WINDOW) -> list[float]:
     """EM over each stretch of `window` steps, of all steps where there are fewer; [] where it was not logged."""
     values = [row[EM] for row in rows if EM in row]
-    if len(values) < len(rows):
+    if not rows or len(values) < len(rows):
         return []
     window = min(window, len(rows))
     return [fmean(values[end - window : end]) for end in range(window, len(rows) + 1)]
