@@ -7,6 +7,7 @@ import os
 import sys
 
 from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
 
 server = MCPServer("tests")
 
@@ -27,7 +28,7 @@ def shout(text: str) -> str:
 @server.tool()
 def fail(why: str) -> str:
     """Fails as it is told."""
-    raise ValueError(why)
+    raise ToolError(why)
 
 
 @server.tool()

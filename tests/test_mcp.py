@@ -218,7 +218,10 @@ def test_settings_that_cannot_be_are_refused(settings: dict, why: str):
         ({"command": ["no-such-program"]}, "'no-such-program' is down: FileNotFoundError"),
         ({"command": [*COMMAND, "--fail"]}, "It last wrote: no such port"),
         ({"command": ["sleep", "60"], "start_timeout_s": 0.5}, "is down: it does not answer"),
-        ({"command": [], "url": "http://127.0.0.1:9/mcp"}, "the MCP server http://127.0.0.1:9/mcp is down"),
+        (
+            {"command": [], "url": "http://127.0.0.1:9/mcp"},
+            "the MCP server 'http://127.0.0.1:9/mcp' is down: ConnectError",
+        ),
         ({"only": ["ad"]}, "has no tool 'ad'. Did you mean 'add'?"),
     ],
 )
@@ -269,7 +272,7 @@ def test_a_server_elsewhere_is_spoken_to_over_http_and_found_again_after_it_was_
         assert run(tools["fail"], {"why": "no"}).outcome is Outcome.MODEL_ERROR
         process.kill()
         process.wait()
-        with pytest.raises(ToolUnavailable, match=f"http://127.0.0.1:{port}/mcp is down"):
+        with pytest.raises(ToolUnavailable, match=f"'http://127.0.0.1:{port}/mcp' is down"):
             run(tools["add"], {"a": 2, "b": 40})
         process = started(port)
         assert run(tools["add"], {"a": 2, "b": 40}) == ToolResult("42")

@@ -8,7 +8,6 @@ score, for a score must be signed.
 from __future__ import annotations
 
 import asyncio
-import atexit
 import json
 import math
 import secrets
@@ -157,9 +156,7 @@ class ReasoningGym:
 
     @cached_property
     def _pool(self) -> Pool:
-        pool = Pool(1, ("reasoning_gym",), self.isolation)
-        atexit.register(lambda: asyncio.run(pool.close()))
-        return pool
+        return Pool(1, ("reasoning_gym",), self.isolation)  # its processes end with this one
 
     @cached_property
     def _thread(self) -> ThreadPoolExecutor:

@@ -12,8 +12,9 @@ import json
 import os
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from mcp.types import CallToolResult
 
 T = TypeVar("T")
-POLICYS_FAULT = (-32602, -32601)  # JSON-RPC's invalid params, method not found: what the call itself got wrong
 END_S = 10.0  # for a server to end, which the SDK kills after 4
 LAST_WORDS = 300  # characters of what a server wrote to stderr, in an error
 
@@ -164,8 +164,8 @@ def _text(result: CallToolResult) -> str:
     shown = []
     for block in result.content:
         inner = getattr(block, "resource", block)
-        text = getattr(inner, "text", None) or getattr(inner, "uri", None)
-        shown.append(str(text) if text is not None else f"[{block.type}]")
+        text = getattr(inner, "text", getattr(inner, "uri", None))
+        shown.append(f"[{block.type}]" if text is None else str(text))
     if not shown and result.structured_content is not None:
         shown = [json.dumps(result.structured_content, ensure_ascii=False)]
     return "\n".join(shown).strip() or "The tool returned nothing."
@@ -185,7 +185,7 @@ class Line:
         """What `work` gives, waited for in this thread. Raises ToolUnavailable."""
         link = self._connected()
         try:
-            link.ready.result(timeout_s)
+            link.ready.result()  # it has its own deadline
             return link.start(work).result(timeout_s)
         except Exception as error:  # the SDK, its transports and the operating system raise what they like
             raise ToolUnavailable(self._lost(link, _why(error))) from error
@@ -193,15 +193,14 @@ class Line:
     async def ask(self, work: Callable[[Client], Awaitable[T]]) -> T:
         """What `work` gives. Raises ToolUnavailable, or the SDK's MCPError for what is the policy's fault."""
         from mcp import MCPError
-        from mcp.types import REQUEST_TIMEOUT
+        from mcp.types import INVALID_PARAMS, REQUEST_TIMEOUT
 
         link, begun = self._connected(), time.monotonic()
         try:
-            async with asyncio.timeout(self._server.start_timeout_s):
-                await asyncio.shield(asyncio.wrap_future(link.ready))
+            await asyncio.shield(asyncio.wrap_future(link.ready))  # it has its own deadline
             answer = await asyncio.wrap_future(link.start(work))
         except MCPError as error:
-            if error.code in POLICYS_FAULT:
+            if error.code == INVALID_PARAMS:
                 raise
             if error.code == REQUEST_TIMEOUT and link.answered > begun:  # others were served: this call is slow
                 raise ToolUnavailable(f"{self._server.name} did not answer one call: {error}") from error
@@ -260,7 +259,7 @@ class Link:
 
     def last_words(self) -> str:
         """What the server last wrote to stderr, whose place in the file must not be moved: it is shared."""
-        if not self._stderr.closed:
+        with suppress(ValueError):  # closed: it was read then
             file = self._stderr.fileno()
             size = os.fstat(file).st_size
             self._words = os.pread(file, LAST_WORDS, max(0, size - LAST_WORDS)).decode(errors="replace")
@@ -276,14 +275,21 @@ class Link:
         from mcp import Client
 
         try:
-            async with Client(self._transport()) as client:
+            async with (
+                asyncio.timeout(self._server.start_timeout_s) as start,
+                self._transport() as transport,
+                Client(transport) as client,
+            ):
+                start.reschedule(None)
                 self.ready.set_result(client)
                 await self._over.wait()
         except Exception as error:  # of the SDK, its transports and the operating system; told to whoever waits
             if not self.ready.done():
                 self.ready.set_exception(error)
 
-    def _transport(self) -> Any:
+    @asynccontextmanager
+    async def _transport(self) -> AsyncIterator[Any]:
+        """What the SDK's client speaks through."""
         from mcp import StdioServerParameters
         from mcp.client.stdio import stdio_client
         from mcp.client.streamable_http import streamable_http_client
@@ -292,13 +298,15 @@ class Link:
         if server.url is None:
             program, *arguments = server.command
             parameters = StdioServerParameters(command=program, args=arguments, env=dict(server.env), cwd=server.folder)
-            return stdio_client(parameters, errlog=self._stderr)
-        if server.token_env is None:
-            return streamable_http_client(server.url)
-        import httpx2  # the SDK's own
+            yield stdio_client(parameters, errlog=self._stderr)
+        elif server.token_env is None:
+            yield streamable_http_client(server.url)
+        else:
+            import httpx2  # the SDK's own
 
-        headers = {"Authorization": f"Bearer {os.environ[server.token_env]}"}
-        return streamable_http_client(server.url, http_client=httpx2.AsyncClient(headers=headers))
+            token = os.environ[server.token_env]
+            async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {token}"}) as http:
+                yield streamable_http_client(server.url, http_client=http)
 
 
 def _why(error: BaseException) -> str:
