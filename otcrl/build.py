@@ -141,9 +141,10 @@ def run_eval(cfg: Config) -> None:
             model |= cfg["model"]
         cfg = {**cfg, "model": {**model, "path": path}}
     if cfg["data"]:
-        target = "otcrl.tasks.question_answering.QuestionAnswering"
-        match = {"match": "math"} if "arithmetic" in cfg["task"].get("_target_", "") else {}
-        kept = {key: cfg["task"][key] for key in ("in_domain", "match") if key in cfg["task"]}
+        own = cfg["task"].get("_target_", "")
+        target = own if own.endswith(".ToolCalls") else "otcrl.tasks.question_answering.QuestionAnswering"
+        match = {"match": "math"} if "arithmetic" in own else {}
+        kept = {key: cfg["task"][key] for key in ("in_domain", "match") if key in cfg["task"] and target != own}
         cfg = {**cfg, "task": {"_target_": target, "test": cfg["data"], **match, **kept}}
     needs_model = "model" in wired_parts(engine_class(cfg))  # an endpoint elsewhere has its own
     world = build_world(cfg, weights=needs_model)
@@ -207,8 +208,10 @@ def build_world(cfg: Config, *, weights: bool = True) -> World:
     task = construct(cfg["task"], "task", tools=tools)
     own = [Passage(*row) for row in task.own_corpus()] if hasattr(task, "own_corpus") else []
     for name, section in (cfg["tools"] or {}).items():
-        tool = construct(section, f"tools.{name}", passages=own)
-        tools[tool.name] = tool
+        for tool in tools_of(construct(section, f"tools.{name}", passages=own), f"tools.{name}"):
+            if tool.name in tools:
+                raise ConfigError(f"tools.{name}: there is a tool called {tool.name!r} already")
+            tools[tool.name] = tool
     words = task.words() if hasattr(task, "words") else ()
     dialect = construct(cfg["dialect"], "dialect", tools=tools)
     sft = construct_as(Sft, cfg["sft"], "sft")
@@ -216,6 +219,16 @@ def build_world(cfg: Config, *, weights: bool = True) -> World:
     model, tokenizer = source.load(words, cfg["seed"]) if weights else (None, source.load_tokenizer(words))
     check_dialect(dialect, task, tokenizer, tools)
     return World(task=task, tools=tools, dialect=dialect, weights=model, tokenizer=tokenizer, sft=sft)
+
+
+def tools_of(built: Any, where: str) -> list[Tool]:
+    """The tools that a section describes: itself, or those that a server lists."""
+    if not hasattr(built, "tools"):
+        return [built]
+    try:
+        return built.tools()
+    except ConfigError as error:
+        raise type(error)(f"{where}: {error}") from error
 
 
 def build_learner(cfg: Config, world: World, algo: Algorithm, collector: Collector, loop: Loop) -> Learner:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from otcrl.errors import ConfigError, DataError, nearest
 from otcrl.tasks.catalogue import CATALOGUE, Published
-from otcrl.tasks.readers import Paragraph, Record, Row
+from otcrl.tasks.fields import Paragraph, Record, Row
 from otcrl.tasks.records import SUFFIXES, check_unique, hub_rows, read_rows, records, to_problem
 from otcrl.types import Problem
 

@@ -152,6 +152,11 @@ IMPOSSIBLE = {
     "tools=null": "'tools=null': tools is chosen by name. Choose from: ",
     "dialect.instructions=hello": "dialect: instructions must hold {question}, got 'hello'",
     "dialect=torl": "the tokenizer has no tokens for '```output', which the dialect needs",
+    "dialect=retool": "the tokenizer has no tokens for '</code>', which the dialect needs",
+    "dialect=hermes": "the tokenizer has no tokens for '<tool_call>",
+    "dialect=toolrl": "the task is not about calls to imitate: use dialect.calls=run",
+    "tools=mcp": "tools.mcp: name either command, a program and its arguments, or the url of a server",
+    "tools=none": "sft: a demonstration holds a call that cannot be made. There is no tool named ",
     "model.width=15": "model: width must be a multiple of 2 * heads = 4, got 15",
     "model=pretrained": "model.",
     # the run itself

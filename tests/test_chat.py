@@ -68,7 +68,7 @@ def test_a_turn_ends_with_the_templates_token_and_a_text_with_the_tokenizers():
     assert {TOKENIZER.decode([id]) for id in TOKENIZER.stop_ids} == {"<|im_end|>", "<eos>"}
     plain = tiny_tokenizer()
     assert plain.stop_ids == {plain.end_id}
-    assert plain.end_id == plain.hf.eos_token_id
+    assert plain.decode([plain.end_id]) == "<eos>"
 
 
 def test_a_prompt_of_messages_is_rendered_with_its_functions():

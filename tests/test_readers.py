@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from otcrl.errors import DataError
-from otcrl.tasks.readers import READERS, Wrong, choose, fitting
+from otcrl.tasks.fields import Wrong
+from otcrl.tasks.readers import READERS, choose, fitting
 from otcrl.tasks.records import read_problems
 from tests.published import DAPO, FUNCTION, GOLD, MESSAGE, OTHER, ROWS, TURN, VARIANTS, verl
 from tests.test_records import write

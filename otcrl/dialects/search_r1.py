@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from otcrl.dialects.tool_calls import described
 from otcrl.errors import ConfigError
 from otcrl.protocols import Action, Answer, Call, Malformed, Nothing, Tokenizer, Tool
 from otcrl.types import Problem
@@ -42,7 +43,7 @@ class SearchR1:
         return [f"</{name}>" for name in (*tools, "answer")]
 
     def prompt(self, problem: Problem, tools: Mapping[str, Tool]) -> str:
-        listed = "\n".join(f"<{name}> ... </{name}>: {tool.description}" for name, tool in tools.items())
+        listed = "\n".join(f"<{name}> ... </{name}>: {described(tool)}" for name, tool in tools.items())
         return self.instructions.replace("{tools}", listed).replace("{question}", problem.question)
 
     def parse(self, text: str, tools: Mapping[str, Tool]) -> Action:

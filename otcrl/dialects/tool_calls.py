@@ -123,6 +123,13 @@ def schema(tool: Tool) -> Mapping[str, object]:
     return {"name": tool.name, "description": tool.description, "parameters": parameters(tool) or text}
 
 
+def described(tool: Tool) -> str:
+    """The tool's description, with the JSON that it takes where that is more than a text."""
+    if (takes := parameters(tool)) is None:
+        return tool.description
+    return f"{tool.description} Write JSON, by this schema: {json.dumps(takes, ensure_ascii=False)}"
+
+
 def arguments_of(tool: Tool | None, text: str) -> Mapping[str, object]:
     """The JSON object that a demonstration writes for `text`: what the tool would be given."""
     if tool is None or parameters(tool) is None:

@@ -36,9 +36,7 @@ class QuestionAnswering:
     ] = ()  # names of evaluation sets whose like is trained on; reports tell them from the others
     max_train: int | None = None  # problems of each training source, a seeded subset; null: all
     max_test: int | None = None  # problems of each evaluation source; null: all
-    reader: str = (
-        "auto"  # of the rows, a name of otcrl.tasks.readers.READERS; auto: by the columns of a file's first row
-    )
+    reader: str = "auto"  # of the rows, a name of READERS; auto: by the columns of a file's first row
     skip_bad_rows: bool = False  # True: go on without rows that hold no question or answer; False: stop at the first
     match: Literal["words", "math"] = (
         "words"  # words: Search-R1's exact match | math: the same mathematical object, by math-verify

@@ -8,46 +8,31 @@ the row in it. Where a form has supporting passages, the record has them too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from otcrl.dialects.torl import boxed
 from otcrl.errors import DataError, nearest
+from otcrl.tasks.fields import (
+    Paragraph,
+    Record,
+    Row,
+    Wrong,
+    first_of,
+    ground_truth,
+    inside,
+    listing,
+    mapping,
+    message,
+    parsed,
+    record_of,
+    texts,
+    unique,
+    verl_record,
+)
 
-Row = Mapping[str, object]
-KEYS = ("id", "_id", "qid", "question_id", "QuestionId", "unique_id", "ID")  # what published rows are known by
 ANSWERS = ("answers", "golden_answers", "answer", "Answer")
 SEARCH_R1_MARK = "Question:"  # Search-R1's instructions end with it
-SHOWN = 60  # characters of a value in an error
-
-
-class Wrong(Exception):
-    """A field that is not what the reader expects; never leaves the readers and `records.py`."""
-
-    def __init__(self, field: str, expected: str, found: object) -> None:
-        shown = repr(found)
-        super().__init__(f"{field} must be {expected}, got {shown[:SHOWN]}{'...' if len(shown) > SHOWN else ''}")
-
-
-@dataclass(frozen=True, slots=True)
-class Paragraph:
-    title: str
-    text: str
-    is_gold: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What a row says, whatever its form."""
-
-    question: str
-    answers: tuple[str, ...]
-    key: object = None  # the row's own id; None: its place in the file
-    source: str | None = None  # the data set that the row says it is from
-    split: str | None = None
-    meta: Mapping[str, object] = field(default_factory=dict)
-    paragraphs: tuple[Paragraph, ...] = ()  # that the question comes with
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,28 +48,30 @@ class Reader:
 
 def plain(row: Row) -> Record:
     """`{id, question, answers: [...]}`, one answer or several, under any of `ANSWERS`: FlashRAG, NQ-open, Bamboogle."""
-    question, key = _first(row, "question", "Question")
+    question, key = first_of(row, "question", "Question")
     column = next((name for name in ANSWERS if row.get(name) is not None), None)
     if column is None:
         raise Wrong("answers", "one text or a list of at least one text", None)
     # FlashRAG's `metadata` holds whole pages
-    return _record(row, question, texts(row[column], column), key, "metadata", *ANSWERS)
+    return record_of(row, question, texts(row[column], column), key, "metadata", *ANSWERS)
 
 
 def triviaqa(row: Row) -> Record:
     """TriviaQA's file or its copy on the hub: a value and its aliases."""
-    question, key = _first(row, "question", "Question")
-    answer = _mapping(row.get("answer", row.get("Answer")), "answer")
-    value, _ = _first(answer, "value", "Value", inside="answer.")
+    question, key = first_of(row, "question", "Question")
+    answer = mapping(row.get("answer", row.get("Answer")), "answer")
+    value, _ = first_of(answer, "value", "Value", where="answer.")
     aliases = answer.get("aliases", answer.get("Aliases")) or []
     dropped = ("entity_pages", "search_results", "EntityPages", "SearchResults", *ANSWERS)
-    return _record(row, question, texts(_unique([value, *_list(aliases, "answer.aliases")]), "answer"), key, *dropped)
+    return record_of(
+        row, question, texts(unique([value, *listing(aliases, "answer.aliases")]), "answer"), key, *dropped
+    )
 
 
 def popqa(row: Row) -> Record:
     """PopQA: the answers are a JSON list in a text."""
-    answers = _parsed(row["possible_answers"], "possible_answers")
-    return _record(row, row["question"], texts(answers, "possible_answers"), "question", "possible_answers")
+    answers = parsed(row["possible_answers"], "possible_answers")
+    return record_of(row, row["question"], texts(answers, "possible_answers"), "question", "possible_answers")
 
 
 def strategyqa(row: Row) -> Record:
@@ -92,27 +79,29 @@ def strategyqa(row: Row) -> Record:
     if not isinstance(row["answer"], bool):
         raise Wrong("answer", "true or false", row["answer"])
     answers = ("yes",) if row["answer"] else ("no",)
-    return _record(row, row["question"], answers, "question", "answer", "evidence")
+    return record_of(row, row["question"], answers, "question", "answer", "evidence")
 
 
 def hotpotqa(row: Row) -> Record:
     """HotpotQA and 2WikiMultihopQA, their files or their copies on the hub, with the paragraphs they come with."""
-    facts, context = _parsed(row["supporting_facts"], "supporting_facts"), _parsed(row["context"], "context")
+    facts, context = parsed(row["supporting_facts"], "supporting_facts"), parsed(row["context"], "context")
     if isinstance(facts, Mapping):  # the hub keeps a list of pairs as a pair of lists
-        facts = [[title] for title in _list(facts.get("title"), "supporting_facts.title")]
+        facts = [[title] for title in listing(facts.get("title"), "supporting_facts.title")]
     if isinstance(context, Mapping):
         sentences = context.get("sentences", context.get("content"))
-        titles, bodies = _list(context.get("title"), "context.title"), _list(sentences, "context.sentences")
+        titles, bodies = listing(context.get("title"), "context.title"), listing(sentences, "context.sentences")
         context = list(zip(titles, bodies, strict=False))
-    gold = {str(title) for fact in _list(facts, "supporting_facts") for title in _list(fact, "supporting_facts")[:1]}
+    gold = {
+        str(title) for fact in listing(facts, "supporting_facts") for title in listing(fact, "supporting_facts")[:1]
+    }
     paragraphs = []
-    for pair in _list(context, "context"):
-        if len(_list(pair, "context")) != 2:
+    for pair in listing(context, "context"):
+        if len(listing(pair, "context")) != 2:
             raise Wrong("context", "pairs of a title and its sentences", pair)
-        title, sentences = _list(pair, "context")
-        text = "".join(str(each) for each in _list(sentences, "context"))
+        title, sentences = listing(pair, "context")
+        text = "".join(str(each) for each in listing(sentences, "context"))
         paragraphs.append(Paragraph(str(title), text.strip(), str(title) in gold))
-    record = _record(
+    record = record_of(
         row, row["question"], texts(row["answer"], "answer"), "question", "answer", "supporting_facts", "context"
     )
     return replace(record, paragraphs=tuple(paragraphs))
@@ -123,12 +112,12 @@ def musique(row: Row) -> Record:
     if row.get("answerable") is False:
         raise Wrong("answerable", "true: this is MuSiQue-Full, and musique_ans is the one with answers", False)
     paragraphs = []
-    for number, each in enumerate(_list(row["paragraphs"], "paragraphs")):
-        each = _mapping(each, f"paragraphs[{number}]")
+    for number, each in enumerate(listing(row["paragraphs"], "paragraphs")):
+        each = mapping(each, f"paragraphs[{number}]")
         text = str(each.get("paragraph_text", ""))
         paragraphs.append(Paragraph(str(each.get("title", "")), text.strip(), bool(each.get("is_supporting"))))
-    answers = _unique([row["answer"], *_list(row.get("answer_aliases") or [], "answer_aliases")])
-    record = _record(
+    answers = unique([row["answer"], *listing(row.get("answer_aliases") or [], "answer_aliases")])
+    record = record_of(
         row, row["question"], texts(answers, "answer"), "question", "answer", "answer_aliases", "paragraphs"
     )
     return replace(record, paragraphs=tuple(paragraphs))
@@ -143,13 +132,13 @@ def gsm8k(row: Row) -> Record:
     _, mark, answer = solution.rpartition("####") if isinstance(solution, str) else ("", "", "")
     if not mark or not answer.strip():
         raise Wrong("answer", "a solution that ends with '#### NUMBER'", solution)
-    record = _record(row, row["question"], (answer.strip().replace(",", ""),), "question", "answer")
+    record = record_of(row, row["question"], (answer.strip().replace(",", ""),), "question", "answer")
     return replace(record, meta={**record.meta, "solution": solution})
 
 
 def math(row: Row) -> Record:
     r"""MATH, MATH-500 and AIME: `problem` and `answer`, or a `solution` whose last `\boxed{}` is the answer."""
-    question, key = _first(row, "problem", "Problem")
+    question, key = first_of(row, "problem", "Problem")
     answer = row.get("answer", row.get("Answer"))
     if answer is None:
         solution = row.get("solution", row.get("Solution"))
@@ -157,7 +146,7 @@ def math(row: Row) -> Record:
         if not found:
             raise Wrong("solution", r"a text with a \boxed{answer}, where there is no answer", solution)
         answer = found[-1]
-    return _record(row, question, texts(answer, "answer"), key, "answer", "Answer")
+    return record_of(row, question, texts(answer, "answer"), key, "answer", "Answer")
 
 
 # -- files of verl: a prompt, and the ground truth of a rule -------------------------------------------
@@ -165,25 +154,25 @@ def math(row: Row) -> Record:
 
 def search_r1(row: Row) -> Record:
     """Search-R1's parquet: what follows the last `Question:` of its prompt, or the `question` column."""
-    target = _mapping(_truth(row), "reward_model.ground_truth")["target"]
+    target = mapping(ground_truth(row), "reward_model.ground_truth")["target"]
     question = row.get("question")
     if question is None:
-        question = _content(row, -1).rsplit(SEARCH_R1_MARK, 1)[-1].strip()
+        question = message(row, -1).rsplit(SEARCH_R1_MARK, 1)[-1].strip()
         if not question:
             raise Wrong("prompt", f"instructions with a question behind {SEARCH_R1_MARK!r}", row["prompt"])
-    return _verl(row, question, texts(target, "reward_model.ground_truth.target"), "golden_answers", "metadata")
+    return verl_record(row, question, texts(target, "reward_model.ground_truth.target"), "golden_answers", "metadata")
 
 
 def torl(row: Row) -> Record:
     """ToRL's parquet (and others of verl): the last message is the problem."""
-    return _verl(row, _content(row, -1).strip(), texts(_truth(row), "reward_model.ground_truth"))
+    return verl_record(row, message(row, -1).strip(), texts(ground_truth(row), "reward_model.ground_truth"))
 
 
 def dapo(row: Row) -> Record:
     """DAPO-Math: the problem without the paragraphs of instructions around it."""
-    paragraphs = _content(row, -1).split("\n\n")
+    paragraphs = message(row, -1).split("\n\n")
     kept = [text for text in paragraphs if not text.startswith(DAPO)]
-    return _verl(row, "\n\n".join(kept).strip(), texts(_truth(row), "reward_model.ground_truth"))
+    return verl_record(row, "\n\n".join(kept).strip(), texts(ground_truth(row), "reward_model.ground_truth"))
 
 
 DAPO = ("Solve the following math problem", "Remember to put your answer")
@@ -195,36 +184,36 @@ DAPO = ("Solve the following math problem", "Remember to put your answer")
 def toolrl(row: Row) -> Record:
     """ToolRL's rows: a prompt of a system and a user message, and the turn to imitate."""
     if "prompt" in row:
-        system, user, output = _content(row, 0), _content(row, -1), _truth(row)
+        system, user, output = message(row, 0), message(row, -1), ground_truth(row)
     else:
         system, user = row.get("system", row.get("instruction")), row.get("user", row.get("input"))
         output = row["output"]
     for name, value in (("system", system), ("user", user), ("output", output)):
         if not isinstance(value, str) or not value.strip():
             raise Wrong(name, "a text", value)
-    record = _verl(row, str(user), (str(output),), "system", "instruction", "user", "input", "output")
+    record = verl_record(row, str(user), (str(output),), "system", "instruction", "user", "input", "output")
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     return replace(record, meta={"messages": messages})
 
 
 def bfcl(row: Row) -> Record:
     """Berkeley Function Calling Leaderboard, single-turn: functions, and the values that each argument may have."""
-    turns = _list(row["question"], "question")
+    turns = listing(row["question"], "question")
     if len(turns) != 1 or "initial_config" in row:
         raise Wrong("question", "one turn: multi-turn rows are judged by running BFCL's own classes", turns)
-    messages = [_mapping(each, "question[0]") for each in _list(turns[0], "question[0]")]
+    messages = [mapping(each, "question[0]") for each in listing(turns[0], "question[0]")]
     if not messages or messages[-1].get("role") != "user":
         raise Wrong("question[0]", "messages, the last of them the user's", turns[0])
-    functions = [_function(_mapping(each, "function")) for each in _list(row["function"], "function")]
+    functions = [_function(mapping(each, "function")) for each in listing(row["function"], "function")]
     kind = str(row.get("category") or str(row.get("id", "")).rstrip("0123456789-").rstrip("_"))
     if "java" in kind:
         raise Wrong("category", "of Python's types: Java's and JavaScript's literals cannot be compared here", kind)
     accepted = row.get("ground_truth")
     if accepted is None and "relevance" not in kind:
         raise Wrong("ground_truth", "a list of calls, joined in from possible_answer/ by id", None)
-    for each in _list(accepted or [], "ground_truth"):
-        values = list(_mapping(each, "ground_truth").values())
-        if len(values) != 1 or not all(isinstance(v, list) for v in _mapping(values[0], "ground_truth").values()):
+    for each in listing(accepted or [], "ground_truth"):
+        values = list(mapping(each, "ground_truth").values())
+        if len(values) != 1 or not all(isinstance(v, list) for v in mapping(values[0], "ground_truth").values()):
             raise Wrong("ground_truth", "calls {name: {argument: [accepted values]}}", each)
     meta = {
         "messages": [{"role": str(m.get("role")), "content": str(m.get("content"))} for m in messages],
@@ -264,16 +253,16 @@ def _has(*names: str) -> Callable[[Row], bool]:
 
 
 def _is_target(row: Row) -> bool:
-    truth = _peek(row, "reward_model", "ground_truth")
+    truth = inside(row, "reward_model", "ground_truth")
     return "prompt" in row and isinstance(truth, Mapping) and "target" in truth
 
 
 def _is_text(row: Row) -> bool:
-    return "prompt" in row and isinstance(_peek(row, "reward_model", "ground_truth"), str)
+    return "prompt" in row and isinstance(inside(row, "reward_model", "ground_truth"), str)
 
 
 def _is_toolrl(row: Row) -> bool:
-    output = _peek(row, "reward_model", "ground_truth") if "prompt" in row else row.get("output")
+    output = inside(row, "reward_model", "ground_truth") if "prompt" in row else row.get("output")
     return isinstance(output, str) and output.lstrip().startswith("<think>")
 
 
@@ -355,97 +344,3 @@ def choose(name: str, row: Row) -> Reader:
     hint = nearest(missing, row)
     hint = "" if "Choose from" in hint else hint
     raise DataError(f"there is no column {missing!r}.{hint}{wanted}{columns} No reader fits: docs/data.md lists them.")
-
-
-# -- pieces of a row ------------------------------------------------------------------------------------
-
-
-def texts(value: object, where: str) -> tuple[str, ...]:
-    """One text, a number, or a list of at least one of them, as texts."""
-    listed = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    found = [str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item for item in listed]
-    if len(found) > 2 and found[0] == "[" and all(len(str(text)) == 1 for text in found):  # seen in published files
-        raise Wrong(where, "a list of texts, not one that was split into characters", "".join(map(str, found)))
-    if not found or not all(isinstance(text, str) and text.strip() for text in found):
-        raise Wrong(where, "one text or a list of at least one text", value)
-    return tuple(str(text) for text in found)
-
-
-def _record(row: Row, question: object, answers: tuple[str, ...], *dropped: str) -> Record:
-    """A record with the row's own id and, as meta, the columns that are not `dropped`."""
-    if not isinstance(question, str) or not question.strip():
-        raise Wrong("question", "a text", question)
-    key = next((row[name] for name in KEYS if row.get(name) is not None), None)
-    kept = {name: value for name, value in row.items() if name not in {"question", *KEYS, *ALWAYS, *dropped}}
-    return Record(question, answers, key, meta=kept)
-
-
-ALWAYS = ("data_source", "extra_info", "optimal_calls")  # are fields of a problem
-
-
-def _verl(row: Row, question: object, answers: tuple[str, ...], *dropped: str) -> Record:
-    info = row.get("extra_info")
-    info = info if isinstance(info, Mapping) else {}
-    record = _record(row, question, answers, "prompt", "reward_model", *dropped)
-    key = next((each for each in (record.key, info.get("index"), info.get("id")) if each is not None), None)
-    split = info.get("split")
-    return replace(
-        record,
-        key=key,
-        source=str(row["data_source"]) if row.get("data_source") else None,
-        split=str(split) if split else None,
-    )
-
-
-def _truth(row: Row) -> object:
-    return _mapping(row.get("reward_model"), "reward_model").get("ground_truth")
-
-
-def _content(row: Row, place: int) -> str:
-    prompt = row["prompt"]
-    listed = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
-    message = prompt[place] if isinstance(prompt, Sequence) and listed else None
-    content = message.get("content") if isinstance(message, Mapping) else None
-    if not isinstance(content, str):
-        raise Wrong("prompt", "a list of messages {role, content}", prompt)
-    return content
-
-
-def _first(row: Row, *names: str, inside: str = "") -> tuple[object, str]:
-    """(value, name) of the first of these columns that the row has."""
-    for name in names:
-        if name in row:
-            return row[name], name
-    raise Wrong(f"{inside}{names[0]}", "a text", None)
-
-
-def _peek(row: object, *names: str) -> object:
-    for name in names:
-        row = row.get(name) if isinstance(row, Mapping) else None
-    return row
-
-
-def _mapping(value: object, where: str) -> Row:
-    return value if isinstance(value, Mapping) else _no(where, "an object", value)
-
-
-def _list(value: object, where: str) -> Sequence[object]:
-    return value if isinstance(value, list | tuple) else _no(where, "a list", value)
-
-
-def _parsed(value: object, where: str) -> object:
-    """What a JSON text holds; anything else is what it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return _no(where, "JSON", value)
-
-
-def _unique(values: Iterable[object]) -> list[object]:
-    return list(dict.fromkeys(value for value in values if isinstance(value, str)))
-
-
-def _no(where: str, expected: str, found: object) -> NoReturn:
-    raise Wrong(where, expected, found)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from otcrl.errors import ConfigError, DataError, nearest
 from otcrl.jsonlines import read_json_lines
-from otcrl.tasks.readers import Record, Row, Wrong, choose, fitting
+from otcrl.tasks.fields import Record, Row, Wrong
+from otcrl.tasks.readers import choose, fitting
 from otcrl.types import Problem
 
 log = logging.getLogger(__name__)

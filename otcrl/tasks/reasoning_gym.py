@@ -1,0 +1,175 @@
+"""Any of reasoning_gym's data sets by name, judged by their own verifiers.
+
+Some of these verifiers run the answer as Python (`eval`, sympy's parser), and the answer is whatever a policy wrote: so
+those that are more than a comparison of texts run in the sandbox, with a deadline. What an answer prints there is no
+score, for a score must be signed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from otcrl.errors import ConfigError, ToolUnavailable, nearest
+from otcrl.protocols import Demo, Dialect
+from otcrl.tasks.records import check_unique, shuffled_epochs
+from otcrl.tools.sandbox.execution import Program
+from otcrl.tools.sandbox.pool import Pool
+from otcrl.types import Problem
+
+if TYPE_CHECKING:
+    from reasoning_gym.dataset import ProceduralDataset
+
+MAX_ANSWER_CHARS = 10_000  # longer is no answer
+SCORE = """
+import json, sys
+from reasoning_gym.factory import create_dataset
+asked = json.load(sys.stdin)
+dataset = create_dataset(asked["dataset"], **asked["options"])
+score = float(dataset.score_answer(asked["answer"], dataset[asked["index"]]))
+print(asked["signature"], score)
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReasoningGym:
+    datasets: Sequence[str]  # names of reasoning_gym
+    options: Mapping[str, Mapping[str, object]] = field(default_factory=dict)  # of a data set, by its name
+    train_size: int = 1000  # questions of each to practise on
+    test_size: int = 100  # questions of each for evaluation, none of which is practised
+    seed: int = 0
+    timeout_s: float = 10.0  # for a verifier; an answer that takes longer to check is wrong
+    memory_mb: int = 512  # for a verifier, on top of reasoning_gym itself
+    isolation: str = "bubblewrap"  # of verifiers, as of the python tool
+
+    def __post_init__(self) -> None:
+        for name in ("train_size", "test_size"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not self.datasets:
+            raise ConfigError("datasets names none of reasoning_gym's")
+        for name in self.options.keys() - set(self.datasets):
+            raise ConfigError(f"options: {name!r} is not in datasets.{nearest(name, self.datasets)}")
+        _ = self._made  # refuses here what does not exist
+        check_unique([*self._train, *self._test], "task")
+
+    def sample(self, step: int, count: int) -> list[Problem]:
+        """The `count` problems of `step`, every problem once an epoch. Raises ConfigError when there are none."""
+        if not self._train:
+            raise ConfigError("train_size is 0, and training needs some questions")
+        chosen = shuffled_epochs(len(self._train), step * count, count, f"{self.seed}/train")
+        return [self._train[i] for i in chosen]
+
+    def held_out(self) -> list[Problem]:
+        return list(self._test)
+
+    def correct(self, answer: str, problem: Problem) -> float:
+        """The verifier's score, 0.0 to 1.0; in between where it gives partial credit."""
+        dataset, index = self._made[problem.source], int(str(problem.meta["index"]))
+        if answer == problem.answers[0]:
+            return 1.0
+        if len(answer) > MAX_ANSWER_CHARS or not answer.strip():
+            return 0.0
+        return bounded(
+            dataset.score_answer(answer, dataset[index]) if is_plain(dataset) else self._sandboxed(problem, answer)
+        )
+
+    def demonstrations(self, step: int, count: int, dialect: Dialect) -> list[Demo]:
+        raise ConfigError("reasoning_gym's questions come without anything to demonstrate: set sft.steps=0")
+
+    @cached_property
+    def _made(self) -> dict[str, ProceduralDataset]:
+        try:
+            from reasoning_gym.factory import DATASETS, create_dataset
+        except ImportError as error:
+            raise ConfigError("its questions come from reasoning_gym: pip install 'otcrl[reasoning]'") from error
+        made = {}
+        for name in self.datasets:
+            if name not in DATASETS:
+                raise ConfigError(f"datasets: reasoning_gym has no {name!r}.{nearest(name, DATASETS)}")
+            known = {each.name for each in fields(DATASETS[name][1])} - {"seed", "size"}
+            for option in self.options.get(name, {}):
+                if option not in known:
+                    raise ConfigError(f"options.{name}: there is no {option!r}.{nearest(option, known)}")
+            try:
+                made[name] = create_dataset(name, **self._settings(name))
+            except (AssertionError, ValueError, TypeError) as error:  # how reasoning_gym refuses options
+                raise ConfigError(f"options.{name} {dict(self.options.get(name, {}))}: {error}") from error
+        return made
+
+    def _settings(self, name: str) -> dict[str, object]:
+        return {**self.options.get(name, {}), "seed": self.seed, "size": self.train_size + self.test_size}
+
+    @cached_property
+    def _train(self) -> list[Problem]:
+        return [p for name in self.datasets for p in self._problems(name, "train", 0, self.train_size)]
+
+    @cached_property
+    def _test(self) -> list[Problem]:
+        """Small data sets make a question again: none that is practised is asked here."""
+        practised = {(problem.source, problem.question) for problem in self._train}
+        asked: dict[tuple[str, str], Problem] = {}
+        for name in self.datasets:
+            for problem in self._problems(name, "test", self.train_size, self.train_size + self.test_size):
+                asked.setdefault((name, problem.question), problem)
+        return [problem for key, problem in asked.items() if key not in practised]
+
+    def _problems(self, name: str, split: str, start: int, end: int) -> list[Problem]:
+        entries = ((index, self._made[name][index]) for index in range(start, end))
+        return [
+            Problem(
+                id=f"{name}/{split}/{index}",
+                question=entry["question"],
+                answers=(str(entry["answer"]),),
+                source=name,
+                meta={"index": index},
+            )
+            for index, entry in entries
+        ]
+
+    # -- verifiers that run what the policy wrote -----------------------------------------------------------
+
+    def _sandboxed(self, problem: Problem, answer: str) -> float:
+        signature = secrets.token_hex(16)
+        name = problem.source
+        asked = {"dataset": name, "options": self._settings(name), "index": problem.meta["index"], "answer": answer}
+        program = Program(
+            code=SCORE,
+            timeout_s=self.timeout_s,
+            memory_mb=self.memory_mb,
+            max_bytes=10_000,
+            stdin=json.dumps(asked | {"signature": signature}),
+        )
+        try:
+            execution = self._thread.submit(lambda: asyncio.run(self._pool.run(program))).result()
+        except ToolUnavailable as error:  # a broken checker must not look like wrong answers
+            raise ConfigError(f"reasoning_gym's verifier of {name} cannot be run: {error}") from error
+        signed = [line.split()[1] for line in execution.stdout.splitlines() if line.startswith(f"{signature} ")]
+        return float(signed[-1]) if len(signed) == 1 else 0.0
+
+    @cached_property
+    def _pool(self) -> Pool:
+        return Pool(1, ("reasoning_gym",), self.isolation)  # its processes end with this one
+
+    @cached_property
+    def _thread(self) -> ThreadPoolExecutor:
+        """Rewards are counted in whichever thread; the sandbox is awaited in one that has no event loop."""
+        return ThreadPoolExecutor(1, thread_name_prefix="verifier")
+
+
+def is_plain(dataset: ProceduralDataset) -> bool:
+    """Whether the verifier is reasoning_gym's own comparison of texts, which runs nothing."""
+    from reasoning_gym.dataset import ProceduralDataset
+
+    return type(dataset).score_answer is ProceduralDataset.score_answer
+
+
+def bounded(score: float) -> float:
+    return min(1.0, max(0.0, score)) if math.isfinite(score) else 0.0

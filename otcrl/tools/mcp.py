@@ -1,0 +1,318 @@
+"""The tools of a Model Context Protocol server: a program on this machine (stdio), or a URL (streamable HTTP).
+
+A connection lives on a thread with an event loop of its own: the SDK's sessions belong to the loop that opened them, a
+tool may be used from any. What a tool says of the policy's arguments is its result. A server that dies, or does not
+answer, is down: the call is not repeated, for it may have had effects, and the next one finds a new connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from otcrl.errors import ConfigError, ToolUnavailable, nearest
+from otcrl.protocols import ToolResult
+from otcrl.tools.python import shorten
+from otcrl.types import Outcome
+
+if TYPE_CHECKING:
+    from mcp import Client
+    from mcp.types import CallToolResult
+
+T = TypeVar("T")
+END_S = 10.0  # for a server to end, which the SDK kills after 4
+LAST_WORDS = 300  # characters of what a server wrote to stderr, in an error
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MCPServer:
+    """One server. `tools` are otcrl tools, each with the name, the description and the schema that the server gives."""
+
+    command: Sequence[str] = ()  # a program and its arguments, spoken to by stdio
+    env: Mapping[str, str] = field(default_factory=dict)  # of the program, beside PATH, HOME and the like
+    folder: str | None = None  # that the program starts in; None: this one
+    url: str | None = None  # or a server elsewhere, by streamable HTTP
+    token_env: str | None = None  # environment variable with a bearer token for the url; None: none is sent
+    only: Sequence[str] = ()  # tools to take; none: all of them
+    prefix: str = ""  # before each tool's name, where two servers have one of the same
+    timeout_s: float = 30.0  # of a call before the server counts as down
+    start_timeout_s: float = 60.0  # to start, to shake hands and to list the tools
+    max_output_chars: int = 4000  # shown of a result; head and tail are kept
+
+    def __post_init__(self) -> None:
+        if bool(self.command) == bool(self.url):
+            raise ConfigError("name either command, a program and its arguments, or the url of a server")
+        for name in ("timeout_s", "start_timeout_s", "max_output_chars"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.token_env and not os.environ.get(self.token_env):
+            raise ConfigError(f"token_env: the environment variable {self.token_env} is not set")
+
+    def tools(self) -> list[MCPTool]:
+        """What the server lists. Starts it. Raises ConfigError when it cannot be had, or lacks one of `only`."""
+        try:
+            listed = self._line.run(_list_tools, self.start_timeout_s)
+        except ToolUnavailable as error:
+            self._line.close()
+            raise ConfigError(str(error)) from error
+        known = {tool.name: tool for tool in listed}
+        for name in self.only:
+            if name not in known:
+                self._line.close()
+                raise ConfigError(f"only: {self.name} has no tool {name!r}.{nearest(name, known)}")
+        return [
+            MCPTool(
+                name=f"{self.prefix}{name}",
+                description=" ".join((tool.description or tool.title or name).split()),
+                parameters=tool.input_schema,
+                remote_name=name,
+                server=self,
+            )
+            for name, tool in known.items()
+            if not self.only or name in self.only
+        ]
+
+    @property
+    def name(self) -> str:
+        return f"the MCP server {self.url or ' '.join(self.command)!r}"
+
+    async def call(self, tool: str, arguments: Mapping[str, Any]) -> ToolResult:
+        """Raises ToolUnavailable when the server is down."""
+        from mcp import MCPError
+
+        try:
+            result = await self._line.ask(
+                lambda client: client.call_tool(tool, dict(arguments), read_timeout_seconds=self.timeout_s)
+            )
+        except MCPError as error:  # the others are the server's
+            return ToolResult(f"Error: {error.message}", Outcome.MODEL_ERROR)
+        text = shorten(_text(result), self.max_output_chars)
+        return ToolResult(text, Outcome.MODEL_ERROR if result.is_error else Outcome.OK)
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._line.close)
+
+    @cached_property
+    def _line(self) -> Line:
+        return Line(self)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MCPTool:
+    name: str
+    description: str
+    parameters: Mapping[str, Any]  # JSON schema of the object that `run` gets
+    remote_name: str
+    server: MCPServer
+
+    async def run(self, arguments: str, session: str = "") -> ToolResult:
+        given = self._object(arguments)
+        if given is None:
+            return ToolResult(f"Error: {self.name} takes a JSON object: {self._form}.", Outcome.MODEL_ERROR)
+        return await self.server.call(self.remote_name, given)
+
+    async def release(self, session: str) -> None:
+        """Nothing is kept for a trajectory: all of them share the server."""
+
+    async def close(self) -> None:
+        await self.server.close()
+
+    def _object(self, arguments: str) -> Mapping[str, Any] | None:
+        """What the policy wrote; a tool that takes one text may be given it bare."""
+        try:
+            given = json.loads(arguments, strict=False)
+        except (ValueError, RecursionError):
+            given = None
+        if isinstance(given, Mapping):
+            return given
+        properties = self.parameters.get("properties", {})
+        names = self.parameters.get("required") or list(properties)
+        if len(names) == 1 and properties.get(names[0], {}).get("type") == "string":
+            return {names[0]: arguments.strip()}
+        return None
+
+    @property
+    def _form(self) -> str:
+        required = self.parameters.get("required", [])
+        listed = (
+            f'"{name}": {schema.get("type", "any")}{"" if name in required else " (optional)"}'
+            for name, schema in self.parameters.get("properties", {}).items()
+        )
+        return f"{{{', '.join(listed)}}}"
+
+
+async def _list_tools(client: Client) -> list[Any]:
+    page = await client.list_tools()
+    found = list(page.tools)
+    while page.next_cursor:
+        page = await client.list_tools(cursor=page.next_cursor)
+        found += page.tools
+    return found
+
+
+def _text(result: CallToolResult) -> str:
+    """The texts of a result; what is none (a picture, a sound) by its kind."""
+    shown = []
+    for block in result.content:
+        inner = getattr(block, "resource", block)
+        text = getattr(inner, "text", getattr(inner, "uri", None))
+        shown.append(f"[{block.type}]" if text is None else str(text))
+    if not shown and result.structured_content is not None:
+        shown = [json.dumps(result.structured_content, ensure_ascii=False)]
+    return "\n".join(shown).strip() or "The tool returned nothing."
+
+
+# -- the connection -----------------------------------------------------------------------------------------
+
+
+class Line:
+    """The server's connection, made at the first use and again after it was lost. Mutable; for any thread and loop."""
+
+    def __init__(self, server: MCPServer) -> None:
+        self._server, self._lock = server, threading.Lock()
+        self._link: Link | None = None
+
+    def run(self, work: Callable[[Client], Awaitable[T]], timeout_s: float) -> T:
+        """What `work` gives, waited for in this thread. Raises ToolUnavailable."""
+        link = self._connected()
+        try:
+            link.ready.result()  # it has its own deadline
+            return link.start(work).result(timeout_s)
+        except Exception as error:  # the SDK, its transports and the operating system raise what they like
+            raise ToolUnavailable(self._lost(link, _why(error))) from error
+
+    async def ask(self, work: Callable[[Client], Awaitable[T]]) -> T:
+        """What `work` gives. Raises ToolUnavailable, or the SDK's MCPError for what is the policy's fault."""
+        from mcp import MCPError
+        from mcp.types import INVALID_PARAMS, REQUEST_TIMEOUT
+
+        link, begun = self._connected(), time.monotonic()
+        try:
+            await asyncio.shield(asyncio.wrap_future(link.ready))  # it has its own deadline
+            answer = await asyncio.wrap_future(link.start(work))
+        except MCPError as error:
+            if error.code == INVALID_PARAMS:
+                raise
+            if error.code == REQUEST_TIMEOUT and link.answered > begun:  # others were served: this call is slow
+                raise ToolUnavailable(f"{self._server.name} did not answer one call: {error}") from error
+            raise ToolUnavailable(self._lost(link, str(error))) from error
+        except Exception as error:  # as in `run`
+            raise ToolUnavailable(self._lost(link, _why(error))) from error
+        link.answered = time.monotonic()
+        return answer
+
+    def _lost(self, link: Link, why: str) -> str:
+        """An error's text; the next use makes a new connection."""
+        link.end()
+        with self._lock:
+            self._link = None if self._link is link else self._link
+        words = link.last_words()
+        return f"{self._server.name} is down: {why}.{f' It last wrote: {words}' if words else ''}"
+
+    def close(self) -> None:
+        with self._lock:
+            link, self._link = self._link, None
+        if link is not None:
+            link.end()
+            link.thread.join(END_S)
+
+    def _connected(self) -> Link:
+        with self._lock:
+            if self._link is None:
+                self._link = Link(self._server)
+            return self._link
+
+
+class Link:
+    """One connection, from its handshake to its end, on a thread of its own."""
+
+    def __init__(self, server: MCPServer) -> None:
+        self._server = server
+        self._stderr = os.fdopen(os.memfd_create("stderr"), "w+")
+        self._words = ""
+        self.answered = 0.0  # when the server last did, on time.monotonic's clock
+        self._loop = asyncio.new_event_loop()
+        self._over = asyncio.Event()
+        self.ready: Future[Client] = Future()
+        self.thread = threading.Thread(target=self._live, name=server.name, daemon=True)
+        self.thread.start()
+
+    def start(self, work: Callable[[Client], Awaitable[T]]) -> Future[T]:
+        async def run() -> T:
+            return await work(self.ready.result())
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop)
+
+    def end(self) -> None:
+        """Asks the connection to end, and the server with it, without waiting."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._over.set)
+
+    def last_words(self) -> str:
+        """What the server last wrote to stderr, whose place in the file must not be moved: it is shared."""
+        with suppress(ValueError):  # closed: it was read then
+            file = self._stderr.fileno()
+            size = os.fstat(file).st_size
+            self._words = os.pread(file, LAST_WORDS, max(0, size - LAST_WORDS)).decode(errors="replace")
+        return " ".join(self._words.split())
+
+    def _live(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._connection())
+        self.last_words()
+        self._stderr.close()
+
+    async def _connection(self) -> None:
+        from mcp import Client
+
+        try:
+            async with (
+                asyncio.timeout(self._server.start_timeout_s) as start,
+                self._transport() as transport,
+                Client(transport) as client,
+            ):
+                start.reschedule(None)
+                self.ready.set_result(client)
+                await self._over.wait()
+        except Exception as error:  # of the SDK, its transports and the operating system; told to whoever waits
+            if not self.ready.done():
+                self.ready.set_exception(error)
+
+    @asynccontextmanager
+    async def _transport(self) -> AsyncIterator[Any]:
+        """What the SDK's client speaks through."""
+        from mcp import StdioServerParameters
+        from mcp.client.stdio import stdio_client
+        from mcp.client.streamable_http import streamable_http_client
+
+        server = self._server
+        if server.url is None:
+            program, *arguments = server.command
+            parameters = StdioServerParameters(command=program, args=arguments, env=dict(server.env), cwd=server.folder)
+            yield stdio_client(parameters, errlog=self._stderr)
+        elif server.token_env is None:
+            yield streamable_http_client(server.url)
+        else:
+            import httpx2  # the SDK's own
+
+            token = os.environ[server.token_env]
+            async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {token}"}) as http:
+                yield streamable_http_client(server.url, http_client=http)
+
+
+def _why(error: BaseException) -> str:
+    """The first cause in a group of errors, which is what the SDK's task groups raise."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, TimeoutError) and not str(error):
+        return "it does not answer"
+    return f"{type(error).__name__}: {error}".rstrip(": ")

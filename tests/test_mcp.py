@@ -1,0 +1,282 @@
+"""Tools of a real MCP server: what the policy is shown, and what becomes of a server that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from otcrl.build import tools_of
+from otcrl.dialects.search_r1 import SearchR1
+from otcrl.errors import ConfigError, ToolUnavailable
+from otcrl.protocols import Call, Tool, ToolResult
+from otcrl.types import Outcome
+from tests.test_chat import HERMES
+
+pytest.importorskip("mcp", reason="needs otcrl[mcp]")
+
+from otcrl.tools.mcp import MCPServer, MCPTool
+
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-m", "tests.mcp_server"]
+
+
+def serving(**settings: object) -> MCPServer:
+    config = {"command": COMMAND, "env": {"PYTHONPATH": str(ROOT)}, "folder": str(ROOT)} | settings
+    return MCPServer(**config)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[MCPServer]:
+    it = serving()
+    yield it
+    asyncio.run(it.close())
+
+
+@pytest.fixture(scope="module")
+def tools(server: MCPServer) -> Mapping[str, MCPTool]:
+    return {tool.name: tool for tool in server.tools()}
+
+
+def run(tool: Tool, arguments: object) -> ToolResult:
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    return asyncio.run(tool.run(text, "s"))
+
+
+def test_what_the_server_lists_are_tools_with_its_schemas(tools: Mapping[str, MCPTool]):
+    assert {"add", "shout", "fail"} <= tools.keys()
+    add = tools["add"]
+    assert add.description == "Adds two whole numbers."
+    assert {name: schema["type"] for name, schema in add.parameters["properties"].items()} == {
+        "a": "integer",
+        "b": "integer",
+    }
+    assert add.parameters["required"] == ["a", "b"]
+
+
+def test_the_result_is_the_text_that_the_server_gives(tools: Mapping[str, MCPTool]):
+    assert run(tools["add"], {"a": 2, "b": 40}) == ToolResult("42")
+    assert run(tools["shout"], {"text": "olá\n"}) == ToolResult("OLÁ")
+    assert run(tools["nothing"], {}).text == "The tool returned nothing."
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("fail", {"why": "too late"}, "too late"),
+        ("add", {"a": "two", "b": 1}, "a"),
+        ("add", {"a": 2}, "b"),
+        ("add", "2 + 2", 'Error: add takes a JSON object: {"a": integer, "b": integer}.'),
+        ("add", "[1, 2]", "Error: add takes a JSON object"),
+    ],
+)
+def test_what_the_policy_got_wrong_is_its_own_failure(
+    tools: Mapping[str, MCPTool], name: str, arguments: object, said: str
+):
+    result = run(tools[name], arguments)
+    assert result.outcome is Outcome.MODEL_ERROR
+    assert said in result.text
+
+
+def test_a_tool_that_takes_one_text_can_be_given_it_bare(tools: Mapping[str, MCPTool]):
+    assert run(tools["shout"], " hello ").text == "HELLO"
+
+
+def test_a_long_result_is_cut_in_the_middle(tools: Mapping[str, MCPTool]):
+    text = run(tools["long"], {}).text
+    assert len(text) < 4100
+    assert text.startswith("aaa")
+    assert text.endswith("bbb")
+
+
+def test_calls_of_many_trajectories_run_side_by_side_in_any_event_loop(tools: Mapping[str, MCPTool]):
+    async def many() -> list[ToolResult]:
+        waits = (tools["wait"].run('{"seconds": 0.3}', f"s{i}") for i in range(10))
+        return await asyncio.gather(*waits)
+
+    begun = time.monotonic()
+    for _ in range(2):  # each in a loop of its own
+        assert {result.text for result in asyncio.run(many())} == {"waited"}
+    assert time.monotonic() - begun < 2.5  # one after the other would be 6
+
+
+def test_the_program_gets_the_environment_that_is_named_and_no_secrets(
+    tools: Mapping[str, MCPTool], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("A_SECRET", "x")
+    assert run(tools["environment"], {"name": "PYTHONPATH"}).text == str(ROOT)
+    other = serving()
+    seen = {tool.name: tool for tool in other.tools()}
+    assert run(seen["environment"], {"name": "A_SECRET"}).text == "not set"
+    asyncio.run(other.close())
+
+
+def test_both_kinds_of_dialect_can_call_it(tools: Mapping[str, MCPTool]):
+    tags = SearchR1(instructions="{tools}\n{question}", observation_template="{result}", require_think=False)
+    call = tags.parse('<add> {"a": 2, "b": 40} </add>', tools)
+    assert isinstance(call, Call)
+    assert run(tools[call.tool], call.arguments).text == "42"
+    call = HERMES.parse('<tool_call>{"name": "add", "arguments": {"a": 2, "b": 40}}</tool_call>', tools)
+    assert isinstance(call, Call)
+    assert run(tools[call.tool], call.arguments).text == "42"
+
+
+# -- a server that is not there, dies or hangs --------------------------------------------------------------
+
+
+def test_a_server_that_dies_in_a_call_is_an_infrastructure_failure_and_the_next_call_finds_a_new_one():
+    server = serving()
+    tools = {tool.name: tool for tool in server.tools()}
+    before = run(tools["process"], {}).text
+    with pytest.raises(ToolUnavailable, match=r"the MCP server .* is down: .*It last wrote: .*these are my last words"):
+        run(tools["die"], {})
+    assert run(tools["add"], {"a": 1, "b": 1}).text == "2"
+    after = run(tools["process"], {}).text
+    assert before != after
+    asyncio.run(server.close())
+    assert not Path(f"/proc/{after}").exists()
+
+
+def test_every_call_of_a_server_that_dies_fails_and_one_new_server_is_started():
+    server = serving()
+    tools = {tool.name: tool for tool in server.tools()}
+
+    async def main() -> tuple[list, set[str]]:
+        calls = [tools["wait"].run('{"seconds": 20}', "a") for _ in range(5)]
+        lost = await asyncio.gather(*calls, tools["die"].run("{}", "b"), return_exceptions=True)
+        return lost, {(await tools["process"].run("{}", "c")).text for _ in range(3)}
+
+    lost, processes = asyncio.run(main())
+    assert {type(error) for error in lost} == {ToolUnavailable}
+    assert len(processes) == 1
+    asyncio.run(server.close())
+
+
+def test_a_call_that_takes_too_long_does_not_cost_the_others_their_server():
+    server = serving(timeout_s=1.0)
+    tools = {tool.name: tool for tool in server.tools()}
+
+    async def main() -> None:
+        before = (await tools["process"].run("{}", "")).text
+        slow = asyncio.ensure_future(tools["wait"].run('{"seconds": 20}', "a"))
+        await asyncio.sleep(0.3)
+        assert (await tools["shout"].run("hi", "b")).text == "HI"
+        with pytest.raises(ToolUnavailable, match="did not answer one call"):
+            await slow
+        assert (await tools["process"].run("{}", "")).text == before
+
+    asyncio.run(main())
+    asyncio.run(server.close())
+
+
+def test_a_server_that_answers_nobody_is_replaced():
+    server = serving(timeout_s=1.0)
+    tools = {tool.name: tool for tool in server.tools()}
+    before = run(tools["process"], {}).text
+    with pytest.raises(ToolUnavailable, match="is down"):
+        run(tools["hang"], {"seconds": 60})
+    assert run(tools["process"], {}).text != before
+    asyncio.run(server.close())
+
+
+def test_a_cancelled_call_leaves_the_connection_as_it_was(tools: Mapping[str, MCPTool]):
+    async def main() -> str:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await tools["wait"].run('{"seconds": 20}', "a")
+        return (await tools["shout"].run("still here", "b")).text
+
+    assert asyncio.run(main()) == "STILL HERE"
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"command": []}, "name either command, a program and its arguments, or the url of a server"),
+        ({"url": "http://127.0.0.1:9/mcp"}, "name either command"),
+        ({"timeout_s": 0}, "timeout_s must be above 0, got 0"),
+        ({"command": [], "url": "http://x", "token_env": "NO_SUCH_VARIABLE"}, "NO_SUCH_VARIABLE is not set"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict, why: str):
+    with pytest.raises(ConfigError, match=why):
+        serving(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"command": ["no-such-program"]}, "'no-such-program' is down: FileNotFoundError"),
+        ({"command": [*COMMAND, "--fail"]}, "It last wrote: no such port"),
+        ({"command": ["sleep", "60"], "start_timeout_s": 0.5}, "is down: it does not answer"),
+        (
+            {"command": [], "url": "http://127.0.0.1:9/mcp"},
+            "the MCP server 'http://127.0.0.1:9/mcp' is down: ConnectError",
+        ),
+        ({"only": ["ad"]}, "has no tool 'ad'. Did you mean 'add'?"),
+    ],
+)
+def test_a_server_that_cannot_be_had_is_refused_before_the_run(settings: dict, why: str):
+    with pytest.raises(ConfigError) as caught:
+        tools_of(serving(**settings), "tools.mcp")
+    assert str(caught.value).startswith("tools.mcp: ")
+    assert why in str(caught.value)
+
+
+def test_tools_can_be_chosen_and_named_apart():
+    server = serving(only=["add"], prefix="far_")
+    (tool,) = server.tools()
+    assert tool.name == "far_add"
+    assert run(tool, {"a": 1, "b": 2}).text == "3"
+    asyncio.run(server.close())
+
+
+# -- streamable HTTP ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def started(port: int) -> subprocess.Popen[bytes]:
+    process = subprocess.Popen(
+        [*COMMAND, "--http", str(port)], cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return process
+        time.sleep(0.1)
+    raise AssertionError("the server did not start")
+
+
+def test_a_server_elsewhere_is_spoken_to_over_http_and_found_again_after_it_was_gone(port: int):
+    process = started(port)
+    server = replace(serving(), command=[], url=f"http://127.0.0.1:{port}/mcp")
+    tools = {tool.name: tool for tool in server.tools()}
+    try:
+        assert run(tools["add"], {"a": 2, "b": 40}) == ToolResult("42")
+        assert run(tools["fail"], {"why": "no"}).outcome is Outcome.MODEL_ERROR
+        process.kill()
+        process.wait()
+        with pytest.raises(ToolUnavailable, match=f"'http://127.0.0.1:{port}/mcp' is down"):
+            run(tools["add"], {"a": 2, "b": 40})
+        process = started(port)
+        assert run(tools["add"], {"a": 2, "b": 40}) == ToolResult("42")
+    finally:
+        process.kill()
+        process.wait()
+        asyncio.run(server.close())
