@@ -27,7 +27,7 @@ from otcrl.rollout.collect import Collector
 from otcrl.types import Reward, Trajectory, pack
 
 BATCH_TOKENS = 8192
-ON_CPU = {"enforce_eager": True, "enable_chunked_prefill": False}  # to try this file without a GPU
+ON_CPU = {"enforce_eager": True}  # to try this file without a GPU
 
 
 @dataclass(frozen=True, kw_only=True)

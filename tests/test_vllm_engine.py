@@ -123,6 +123,20 @@ def test_a_seed_fixes_the_draw_whatever_else_is_running(known):
     assert len({tuple(c.token_ids) for c in together}) == 12
 
 
+def test_seeded_prompts_that_do_not_fit_one_forward_wait_for_the_next(known):
+    """12 of 200 tokens, where 512 fit: in pieces they would kill vLLM on CPU."""
+    deaths = known.engine.deaths
+    prompts = [[(i + j) % 97 for j in range(200)] for i in range(12)]
+
+    async def all_at_once() -> list[Completion]:
+        return await asyncio.gather(*(
+            known.generate(ids, session=str(i), seed=i, max_tokens=4) for i, ids in enumerate(prompts)
+        ))  # fmt: skip
+
+    assert [len(done.token_ids) for done in known.run(all_at_once())] == [4] * 12
+    assert known.engine.deaths == deaths
+
+
 def test_two_turns_of_one_trajectory_draw_apart(known):
     """The seed is the trajectory's: at another position it must not repeat the same stream."""
     first = known.run(known.generate(PROMPT))

@@ -73,7 +73,12 @@ def arguments(engine: VLLMEngine, folder: Path) -> dict[str, Any]:
     """Of vLLM's AsyncEngineArgs, those that otcrl sets; `folder` has the model's description."""
     on_gpu = engine.model.device.type == "cuda"
     for_gpu = {"gpu_memory_utilization": engine.gpu_memory, "enable_sleep_mode": engine.sleep_level > 0}
-    for_cpu = {"block_size": 32}  # vLLM's own 128 would compute up to 127 tokens of a trajectory again at every turn
+    for_cpu = {
+        "block_size": 32,  # vLLM's own 128 would compute up to 127 tokens of a trajectory again at every turn
+        # A prompt in pieces would kill vLLM: it rewinds a request's seeded generator, which torch cannot on CPU.
+        "enable_chunked_prefill": False,
+    }
+    at_least = engine.max_sequences if on_gpu else max(engine.max_sequences, engine.context)  # a whole prompt
     return {
         "model": str(folder),
         "load_format": "dummy",  # the first publication brings the weights
@@ -81,7 +86,7 @@ def arguments(engine: VLLMEngine, folder: Path) -> dict[str, Any]:
         "dtype": engine.dtype or str(engine.model.dtype).removeprefix("torch."),
         "max_model_len": engine.context,
         "max_num_seqs": engine.max_sequences,
-        "max_num_batched_tokens": max(engine.batch_tokens, engine.max_sequences),
+        "max_num_batched_tokens": max(engine.batch_tokens, at_least),
         "logprobs_mode": "processed_logprobs",
         "scheduling_policy": "priority",
         "enable_prefix_caching": True,
