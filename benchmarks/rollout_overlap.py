@@ -48,7 +48,7 @@ class Overlap:
 
 def make_engine(work: Overlap) -> tuple[Finishes, PreTrainedModel, Endless]:
     model, tokenizer = EndlessModel(path=work.model).load()
-    more = {"options": {"enforce_eager": True}, "dtype": "bfloat16"} if work.engine == "vllm" else {}
+    more = {"options": {"enforce_eager": True}} if work.engine == "vllm" else {}
     size = {"context": 1024, "max_sequences": work.trajectories, "batch_tokens": 4096}
     engine = part(f"engine/{work.engine}", {"model": model, "tokenizer": tokenizer}, **size, **more)
     return Finishes(engine=engine), model, tokenizer
