@@ -151,6 +151,19 @@ def test_a_cold_start_that_is_done_is_not_made_again(stopped, finished, capsys):
     assert (stopped / "sft.jsonl").read_text() == "untouched"
 
 
+@pytest.mark.parametrize("step", [None, 1], ids=["after-the-cold-start", "from-step-1"])
+def test_adapters_go_on_beside_the_weights_that_the_cold_start_left(step, tmp_path):
+    words = ("learner.lora.rank=4", "algo.kl_coef=0.1", *SAME)
+    run = tmp_path / "run"
+    assert train(run, *words) == 0
+    whole = shutil.copytree(run, tmp_path / "whole")
+    unfinish(run, step or 0)
+    assert train(run, *words) == 0
+    assert results(run) == results(whole)
+    assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+    assert any(row["update/kl"] > 0 for row in results(run) if "update/kl" in row)
+
+
 def test_a_run_without_anything_to_go_on_from_makes_room_for_one_of_another_config(stopped):
     shutil.rmtree(stopped / "checkpoints")
     shutil.rmtree(stopped / "sft")
@@ -246,7 +259,9 @@ def test_a_corrupt_cold_start_is_not_taken_for_the_reference(stopped, capsys):
 # -- kill -9 ----------------------------------------------------------------------------------------------
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-PATIENCE_S = 3600.0 if "OTCRL_LONG" in os.environ else 120.0  # for a run of several processes, on a machine that is busy
+PATIENCE_S = (
+    3600.0 if "OTCRL_LONG" in os.environ else 120.0
+)  # for a run of several processes, on a machine that is busy
 
 
 class Process:
