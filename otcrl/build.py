@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,17 @@ from otcrl.errors import ConfigError, DataError
 from otcrl.evaluate.attempts import check_column
 from otcrl.experiment import Evaluate, Experiment, cold_start, evaluate, run_experiment
 from otcrl.health import Health
+from otcrl.learner.deepspeed_backend import DeepSpeed, made_split
 from otcrl.learner.learner import Learner
 from otcrl.learner.proof import Proof
 from otcrl.learner.thread import LearnerThread
 from otcrl.loggers import Loggers
 from otcrl.loggers.jsonl import JsonlLogger, drop_from, whole_lines
 from otcrl.loggers.progress import Bars
-from otcrl.models.critic import Critic
+from otcrl.models.critic import Critic, SharedCritic
+from otcrl.models.lora import Lora
+from otcrl.models.published import is_split
+from otcrl.models.twin import twin
 from otcrl.presets import conf_dir
 from otcrl.protocols import (
     Algorithm,
@@ -71,7 +76,7 @@ def run_train(cfg: Config) -> None:
     check_names(cfg)
     start = find_start(cfg)
     config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
-    world = build_world(cfg)
+    world = build_world(cfg, trains=True)
     check_evaluation(config, world)
     with Bars(quiet=not dist.is_first()) as bars:
         run = build_run(cfg, world, bars, start)
@@ -114,7 +119,7 @@ def take_up(run: Run, world: World, start: Start, bars: Bars) -> float:
 def run_sft(cfg: Config) -> None:
     """`otcrl sft`: the cold start alone; the model is written to run_dir/model."""
     dist.start(construct_as(dist.Ranks, cfg["ranks"], "ranks"))
-    world = build_world(cfg)
+    world = build_world(cfg, trains=True)
     if world.sft.steps < 1:
         raise ConfigError("sft.steps is 0: there is nothing to do")
     check_demonstrations(world)
@@ -189,6 +194,8 @@ class World:
     weights: PreTrainedModel | None  # None: only its tokenizer was asked for
     tokenizer: HFTokenizer
     sft: Sft
+    split: Callable[[], AbstractContextManager[object]]  # inside, other models are made as this one was
+    again: Callable[[], PreTrainedModel]  # the model once more, whole
 
     @property
     def model(self) -> PreTrainedModel:
@@ -196,7 +203,8 @@ class World:
         return self.weights
 
 
-def build_world(cfg: Config, *, weights: bool = True) -> World:
+def build_world(cfg: Config, *, weights: bool = True, trains: bool = False) -> World:
+    """`trains`: a learner is built of the model, which may be split over the ranks from the beginning."""
     import torch
     from transformers.utils import logging
 
@@ -216,9 +224,31 @@ def build_world(cfg: Config, *, weights: bool = True) -> World:
     dialect = construct(cfg["dialect"], "dialect", tools=tools)
     sft = construct_as(Sft, cfg["sft"], "sft")
     source = construct(cfg["model"], "model")
-    model, tokenizer = source.load(words, cfg["seed"]) if weights else (None, source.load_tokenizer(words))
+    split = splitting(cfg, getattr(source, "dtype", "float32")) if trains else nullcontext
+    with split():
+        model, tokenizer = source.load(words, cfg["seed"]) if weights else (None, source.load_tokenizer(words))
     check_dialect(dialect, task, tokenizer, tools)
-    return World(task=task, tools=tools, dialect=dialect, weights=model, tokenizer=tokenizer, sft=sft)
+    return World(
+        task=task,
+        tools=tools,
+        dialect=dialect,
+        weights=model,
+        tokenizer=tokenizer,
+        sft=sft,
+        split=split,
+        again=lambda: source.load(words, cfg["seed"])[0],
+    )
+
+
+def splitting(cfg: Config, dtype: str) -> Callable[[], AbstractContextManager[object]]:
+    """What the models to train are made in: with ZeRO-3 and several ranks, each has a part from the beginning."""
+    import torch
+
+    check_section(cfg["learner"], "learner")
+    settings = construct_as(DeepSpeed, cfg["learner"].get("deepspeed"), "learner.deepspeed")
+    if dist.size() == 1 or cfg["learner"].get("backend") != "deepspeed" or settings.zero_stage < 3:
+        return nullcontext
+    return partial(made_split, settings, getattr(torch, dtype))
 
 
 def tools_of(built: Any, where: str) -> list[Tool]:
@@ -234,13 +264,21 @@ def tools_of(built: Any, where: str) -> list[Tool]:
 def build_learner(cfg: Config, world: World, algo: Algorithm, collector: Collector, loop: Loop) -> Learner:
     if collector.temperature == 0:
         raise ConfigError("rollout.temperature is 0, and training needs trajectories that differ: use 1.0")
+    settings, reference, critic = cfg["learner"], None, None
+    with world.split():
+        if algo.needs_reference:
+            adapters = construct_as(Lora, settings.get("lora"), "learner.lora").rank
+            # without its adapters the policy is the reference
+            reference = world.model if adapters else twin(world.model).requires_grad_(False).eval()
+        if algo.needs_critic:
+            critic = (SharedCritic if settings.get("critic_trunk") == "shared" else Critic)(world.model)
     return construct_as(
         Learner,
-        cfg["learner"],
+        settings,
         "learner",
         policy=world.model,
-        reference=copy.deepcopy(world.model).requires_grad_(False).eval() if algo.needs_reference else None,
-        critic=Critic(world.model) if algo.needs_critic else None,
+        reference=reference,
+        critic=critic,
         steps=loop.steps,
         seed=cfg["seed"],
         temperature=collector.temperature,
@@ -254,7 +292,8 @@ def build_engine(cfg: Config, world: World) -> Engine:
         raise ConfigError(f"engine is {kind.__name__}, which only evaluates: train with hf, vllm or vllm_servers")
     model = world.model
     if not getattr(kind, "shares_weights", False):
-        model = copy.deepcopy(model).requires_grad_(False).eval()
+        model = world.again() if is_split(model) else copy.deepcopy(model)
+        model = model.requires_grad_(False).eval()
     return construct(cfg["engine"], "engine", model=model, tokenizer=world.tokenizer)
 
 

@@ -49,8 +49,8 @@ class Frontier:
     """How far a run has come in its problems: all below `cursor` that are not pending have been consumed."""
 
     cursor: int  # number of the first problem that was never begun
-    pending: tuple[int, ...] = ()  # numbers of problems that were begun and not consumed, ascending
-    since: tuple[tuple[int, int], ...] = ()  # of these: the number, and the step in which it first began
+    pending: tuple[int, ...] = ()  # numbers of problems below it that were not consumed, ascending
+    since: tuple[tuple[int, int], ...] = ()  # of those that were begun: the number, and the step in which it first was
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ def train_sft(
         for number, (micro, counts) in enumerate(own, start=1):
             ids, mask = (x_BT[micro.rows, : micro.width] for x_BT in (ids_BT, mask_BT))
             mask = mask if counts else idle_mask()
-            logprobs_BT, _ = policy(ids.to(device), mask.to(device), micro.packed, 1.0, "skip", config.autocast)
+            logprobs_BT, *_ = policy(ids.to(device), mask.to(device), micro.packed, 1.0, "skip", config.autocast)
             share = -counts / num_actions  # one normaliser for the whole batch
             policy.backward([logprobs_BT], [torch.full_like(logprobs_BT, share)], last=number == len(own))
             loss += (logprobs_BT.detach().sum() * share).cpu()

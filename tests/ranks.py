@@ -6,22 +6,38 @@ torchrun --nproc_per_node 2 -m tests.ranks FILE
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from otcrl import dist
 from otcrl.construct import construct_as
-from otcrl.learner.deepspeed_backend import DeepSpeed
+from otcrl.learner.deepspeed_backend import DeepSpeed, made_split
+from otcrl.learner.learner import Learner
+from otcrl.models.critic import Critic
+from otcrl.models.twin import twin
 from otcrl.rewards.otc import OTCReward
 from otcrl.types import Reward, Trajectory
-from tests.test_learner import POLICY, grpo, make_learner, ppo, random_batch, with_shared_prompts
+from tests.test_learner import (
+    POLICY,
+    adapted,
+    grpo,
+    make_learner,
+    on_the_trunk,
+    ppo,
+    random_batch,
+    with_shared_prompts,
+)
 
 ROWS = 5  # mini-batches of 4 and 1: of the second one rank has nothing
-ALGORITHMS = {"grpo": grpo(), "ppo": ppo()}
+ALGORITHMS = {"grpo": grpo(), "ppo": ppo(), "grpo-adapters": grpo(), "ppo-one-trunk": ppo()}
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {"grpo-adapters": adapted, "ppo-one-trunk": on_the_trunk}
 TORCH = {
     f"torch/{algo}/{packing}/{tokens}": (algo, {"packing": packing, "micro_tokens": tokens})
     for algo in ALGORITHMS
@@ -33,6 +49,7 @@ ZERO = {
     for stage in (1, 2, 3)
     for algo in ALGORITHMS
     for offload in ("none", "cpu")
+    if offload == "none" or algo not in PARTS
 }
 
 
@@ -68,9 +85,13 @@ def outcome(algo_name: str, learner: Any) -> dict[str, Any]:
     return found
 
 
+def made(algo: str, **settings: Any) -> Learner:
+    return make_learner(ALGORITHMS[algo], **PARTS.get(algo, dict)() | {"minibatch_size": 4} | settings)
+
+
 def plain(name: str) -> dict[str, Any]:
     algo, settings = TORCH[name]
-    return outcome(algo, make_learner(ALGORITHMS[algo], minibatch_size=4, **settings))
+    return outcome(algo, made(algo, **settings))
 
 
 @contextmanager
@@ -85,16 +106,26 @@ def float32() -> Iterator[None]:
 def split(name: str) -> dict[str, Any]:
     algo, stage, offload = ZERO[name]
     with float32():
-        settings = {"backend": "deepspeed", "deepspeed": zero(stage, offload), "minibatch_size": 4, "micro_tokens": 30}
-        learner = make_learner(ALGORITHMS[algo], **settings)
+        settings = {"backend": "deepspeed", "deepspeed": zero(stage, offload), "micro_tokens": 30}
+        learner = made(algo, **settings)
         found = outcome(algo, learner)
         found["restored"] = restored(algo, learner, settings)
+        found["begun"] = begun(learner)
         return found
+
+
+def begun(learner: Learner) -> bool:
+    """Training begins with these weights, and they are the reference's."""
+    before = [value.clone() for _, value in learner.weights()]
+    learner.begin()
+    scores = learner.score(with_shared_prompts(random_batch(rows=ROWS, columns=16)))
+    same = [torch.equal(a, b) for a, (_, b) in zip(before, learner.weights(), strict=True)]
+    return all(same) and torch.allclose(scores.ref_logprobs, scores.old_logprobs, atol=1e-6)
 
 
 def restored(algo: str, learner: Any, settings: dict[str, Any]) -> bool:
     """Another learner, given this one's weights and state, makes the same update, bit for bit."""
-    again = make_learner(ALGORITHMS[algo], **settings)
+    again = made(algo, **settings)
     again.load_weights([(name, value.clone()) for name, value in learner.weights()])
     again.load_state({name: value.clone() for name, value in learner.state()}.__getitem__)
     metrics = []
@@ -107,10 +138,72 @@ def restored(algo: str, learner: Any, settings: dict[str, Any]) -> bool:
     return metrics[0] == metrics[1] and all(same)
 
 
+# -- a model that no rank ever has the whole of ------------------------------------------------------------
+
+
+def large() -> LlamaForCausalLM:
+    """16 layers, each of which is a small part of it: 53 MB."""
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 16, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=4, **sizes))
+
+
+class Peak:
+    """How much more main memory of its own this process had at most, in bytes, while this was open."""
+
+    def __enter__(self) -> Peak:
+        self._is_over, self._least, self.nbytes = threading.Event(), self._now(), 0
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(0.0005):
+            self.nbytes = max(self.nbytes, self._now() - self._least)
+
+    def _now(self) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return int(line.split()[1]) * 1024
+
+
+def from_file(folder: Path) -> dict[str, Any]:
+    """A PPO update of a model that was split as it was loaded, and what each rank held of it meanwhile."""
+    if dist.is_first():
+        large().save_pretrained(folder)
+    dist.barrier("the model's file")
+    settings = zero(3, "none")
+    with made_split(settings, torch.float32):
+        with Peak() as peak:
+            policy = LlamaForCausalLM.from_pretrained(folder)
+        reference, critic = twin(policy).requires_grad_(False), Critic(policy)
+    given = {"policy": policy, "reference": reference, "critic": critic}
+    learner = make_learner(ppo(), **given, backend="deepspeed", deepspeed=settings, packing="shared")
+    found = updated(learner)
+    held = [parameter for parameter in policy.parameters() if not parameter.ds_persist]
+    at_once = [sum(p.numel() for p in held) for _ in learner.weights()]
+    left = sum(p.numel() for p in held)
+    found |= {"loading": max(dist.gather(peak.nbytes, "peaks")), "at once": max(at_once), "left": left}
+    return found
+
+
+def updated(learner: Learner) -> dict[str, Any]:
+    batch, algo = with_shared_prompts(random_batch(rows=ROWS, columns=16)), ppo()
+    begun = {name: value.clone() for name, value in learner.weights()}
+    scores = learner.score(batch)
+    metrics = learner.update(0, batch, scores, algo.targets(batch, scores), algo)
+    weights = {name: value.clone() for name, value in learner.weights()}
+    return {"begun": begun, "scores": scores, "metrics": metrics, "weights": weights}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.start(dist.Ranks(timeout_s=120))
     found = {name: plain(name) for name in TORCH} | {name: split(name) for name in ZERO}
+    found["from file"] = from_file(Path(sys.argv[1]).parent / "large")
     if dist.is_first():
         torch.save(found, sys.argv[1])
     dist.barrier("the end")

@@ -28,7 +28,7 @@ ATLAS = [
     "task.entities=6", "task.large_sums=20", "task.held_out_per_kind=2", "model.width=16",
     "model.layers=1", "model.heads=2", "model.ff_width=32", "sft.steps=2", "sft.batch_size=8", "loop.steps=2",
     "loop.problems_per_step=2", "loop.checkpoint_every=1", "rollout.group_size=2", "evaluate.before=false",
-    "evaluate.sampled=false", "tools.python.workers=1",
+    "evaluate.sampled=false", "tools.python.workers=1", "engine.tool_patience_s=60",
 ]  # fmt: skip
 
 
@@ -167,6 +167,8 @@ IMPOSSIBLE = {
     "resume_changed=yes please": "resume_changed must be bool, got 'yes please'",
     "loop.keep_best=3": "loop.keep_best must be str | None, got 3",
     "engine.tool_steps=-1": "engine: tool_steps must be 0 or more, got -1",
+    "engine.tool_patience_s=-1": "engine: tool_patience_s must be 0 or more, got -1.0",
+    "learner.critic_trunk=share": "learner.critic_trunk must be 'own' or 'shared', got 'share'. Did you mean 'shared'?",
     "run_dir=/proc/none": "run_dir: cannot write in /proc/none: ",
 }
 

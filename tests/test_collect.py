@@ -22,7 +22,7 @@ from otcrl.protocols import Completion
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Limits, Player
 from otcrl.rollout.schedule import Group, Harvest, Rollouts, Schedule
-from otcrl.rollout.stream import Stream
+from otcrl.rollout.stream import Stream, joined
 from otcrl.types import Problem
 from tests.virtual import run
 
@@ -183,6 +183,15 @@ def test_a_step_plays_its_own_problems_and_waits_for_all_of_them():
     assert played.numbers == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert played.ends == pytest.approx([30, 39, 42])
     assert played.frontier == Frontier(cursor=12)
+
+
+def test_a_problem_that_one_rank_was_behind_with_has_not_begun_and_comes_first_after_a_restart():
+    since = joined([Frontier(cursor=4), Frontier(cursor=5)])
+    assert since == Frontier(cursor=5, pending=(4,))
+    assert play(Slow(even), PLAIN, steps=0, since=since).frontier == since
+    played = play(Slow(even), PLAIN, first=1, steps=1, since=since)
+    assert played.numbers == [[4, 5, 6, 7]]
+    assert played.frontier == Frontier(cursor=8)
 
 
 def test_a_group_holds_the_trajectories_of_one_problem_under_names_that_are_its_own():

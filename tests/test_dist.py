@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -15,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from otcrl.checkpoint import Frontier
+from otcrl.models.critic import Critic
 from otcrl.packing import common_prefix, shares
 from otcrl.rollout.stream import Stream, joined
 from otcrl.types import Problem
 from tests import ranks
 from tests.make import problem
+from tests.test_learner import make_learner, ppo
 
 ROOT = Path(__file__).parents[1]
 LONG = pytest.mark.skipif("OTCRL_LONG" not in os.environ, reason="four ranks take minutes on two cores: OTCRL_LONG=1")
@@ -86,6 +89,31 @@ def test_state_goes_from_one_learner_to_another_bit_for_bit(together):
     assert all(together[name]["restored"] for name in ranks.ZERO)
 
 
+def test_training_begins_with_the_weights_that_there_are_and_the_reference_has_them(together):
+    assert all(together[name]["begun"] for name in ranks.ZERO)
+
+
+def test_a_model_is_split_as_it_is_loaded_and_trains_as_a_whole_one(together):
+    found, whole = together["from file"], ranks.large()
+    critic = Critic(whole)
+    expected = ranks.updated(make_learner(ppo(), policy=whole, reference=copy.deepcopy(whole), critic=critic))
+    assert all(torch.equal(value, found["begun"][name]) for name, value in expected["begun"].items())
+    for name in ("old_logprobs", "ref_logprobs", "values"):
+        close(getattr(found["scores"], name), getattr(expected["scores"], name), absolute=1e-5, relative=0, where=name)
+    close(found["metrics"], expected["metrics"], absolute=1e-4, relative=1e-3, where="metrics")
+
+
+def test_no_rank_ever_has_the_whole_of_a_split_model(together):
+    """Neither while it is loaded nor while its weights are handed out; of which one layer is there at a time."""
+    found, parameters = together["from file"], dict(ranks.large().named_parameters())
+    nbytes = sum(p.numel() for p in parameters.values()) * 4
+    assert nbytes > 50e6
+    assert found["loading"] < 0.75 * nbytes  # this rank's half, and what is under way
+    layer = sum(p.numel() for name, p in parameters.items() if name.startswith("model.layers.0."))
+    assert 0 < found["at once"] <= layer
+    assert found["left"] == 0
+
+
 # -- how work is split --------------------------------------------------------------------------------------
 
 ROWS = st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=12)
@@ -144,7 +172,13 @@ def test_one_rank_plays_as_before():
 SHORT = (
     *("conf=quickstart", "sft.steps=40", "sft.batch_size=24", "loop.steps=3", "loop.problems_per_step=6"),
     *("rollout.group_size=4", "evaluate.sampled=false", "logger=console", "learner.minibatch_size=10"),
-    *("task.entities=6", "task.large_sums=20", "model.width=32", "reward._target_=tests.ranks.ByLength"),
+    *(
+        "engine.tool_patience_s=60",
+        "task.entities=6",
+        "task.large_sums=20",
+        "model.width=32",
+        "reward._target_=tests.ranks.ByLength",
+    ),
 )
 TIMES = ("time/", "perf/", "checkpoint/")
 

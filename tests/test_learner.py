@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from otcrl.algos.functional import token_weights
 from otcrl.algos.grpo import GRPO
 from otcrl.algos.ppo import PPO
 from otcrl.errors import ConfigError, TrainingError
 from otcrl.learner.deepspeed_backend import DeepSpeed
 from otcrl.learner.learner import Learner
 from otcrl.learner.optimizer import Optimizer
-from otcrl.models.critic import Critic
+from otcrl.models.critic import Critic, SharedCritic
 from otcrl.models.lora import Lora
 from otcrl.models.policy import token_logprobs
 from otcrl.models.tiny import TinyLlama
 from otcrl.protocols import Algorithm
-from otcrl.types import Batch
+from otcrl.types import Batch, Forward
 from tests.algorithms import NAMES, algorithm
 
 WORDS = [f"w{i}" for i in range(20)]
@@ -72,10 +74,24 @@ def make_learner(algo: Algorithm, **other) -> Learner:
         "steps": 10, "seed": 0, "temperature": 0.7, "policy_optimizer": SGD_LIKE, "critic_optimizer": SGD_LIKE,
         "epochs": 1, "minibatch_size": 0, "packing": "shared", "micro_tokens": 10_000, "max_grad_norm": 1e9,
         "max_skipped": 0, "old_logprobs": "recompute", "autocast": None, "backend": "torch", "deepspeed": ZERO,
-        "lora": ALL_WEIGHTS,
+        "lora": ALL_WEIGHTS, "critic_trunk": "own",
     }  # fmt: skip
     reference = reference if algo.needs_reference else None
     return Learner(**{"policy": policy, "reference": reference, "critic": critic} | settings | other)
+
+
+def adapted(rank: int = 4) -> dict[str, Any]:
+    """A policy whose adapters alone are trained, and which is its own reference without them."""
+    policy = copy.deepcopy(POLICY)
+    return {"policy": policy, "reference": policy, "lora": Lora(rank=rank, alpha=8, targets="all-linear")}
+
+
+def on_the_trunk() -> dict[str, Any]:
+    """A critic that reads the policy's hidden states, and says something."""
+    critic = SharedCritic(POLICY)
+    torch.manual_seed(2)
+    torch.nn.init.normal_(critic.head.weight, std=0.3)
+    return {"critic": critic, "critic_trunk": "shared"}
 
 
 def random_batch(seed: int = 0, rows: int = 8, columns: int = 14) -> Batch:
@@ -418,6 +434,72 @@ def test_adapters_alone_are_trained_and_the_engine_gets_them_merged():
     again = make_learner(algo, lora=Lora(rank=4, alpha=8, targets="all-linear"), seed=7)
     again.load_state({name: value.clone() for name, value in learner.state()}.__getitem__)
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(learner.weights(), again.weights(), strict=True))
+
+
+def test_the_reference_of_a_run_of_adapters_is_the_policy_without_them():
+    algo, batch = grpo(), random_batch()
+    alone = make_learner(algo, **adapted())
+    copied = make_learner(algo, **adapted() | {"reference": copy.deepcopy(POLICY)})
+    for step in range(3):
+        scores, expected = alone.score(batch), copied.score(batch)
+        assert torch.equal(scores.ref_logprobs, expected.ref_logprobs)
+        found = alone.update(step, batch, scores, algo.targets(batch, scores), algo)
+        assert found == copied.update(step, batch, expected, algo.targets(batch, expected), algo)
+    assert not torch.equal(scores.ref_logprobs, scores.old_logprobs)
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(alone.weights(), copied.weights(), strict=True))
+
+
+def test_what_adapters_learned_before_training_begins_is_part_of_the_reference():
+    algo, batch = grpo(), random_batch()
+    learner = make_learner(algo, **adapted())
+    scores = learner.score(batch)
+    for step in range(2):
+        learner.update(step, batch, scores, algo.targets(batch, scores), algo)
+    before = {name: value.clone() for name, value in learner.weights()}
+    learner.begin()
+    assert all(torch.equal(value, before[name]) for name, value in learner.weights())
+    scores = learner.score(batch)
+    assert torch.equal(scores.ref_logprobs, scores.old_logprobs)
+    assert not torch.allclose(scores.ref_logprobs, make_learner(algo, **adapted()).score(batch).ref_logprobs)
+
+
+def test_a_critic_on_the_policys_trunk_says_and_learns_what_passes_of_their_own_would():
+    """The oracle reads the same weights twice, padded, and differentiates the whole loss at once."""
+    algo, batch = ppo(entropy_coef=0.02, value_coef=0.7), random_batch()
+    learner = make_learner(algo, **on_the_trunk(), temperature=1.0)
+    scores = learner.score(batch)
+    scores = replace(scores, old_logprobs=scores.old_logprobs + 0.05 * batch.action_mask)
+    targets = algo.targets(batch, scores)
+    learner._accumulate(batch, scores, targets, algo)
+
+    policy, critic = copy.deepcopy(POLICY), on_the_trunk()["critic"]
+    mask = batch.action_mask
+    logprobs, entropy = token_logprobs(policy, batch.token_ids, mask, 1.0, "train")
+    hidden = policy.model(batch.token_ids).last_hidden_state
+    values = torch.nn.functional.pad(critic.head(hidden).squeeze(-1)[:, :-1], (1, 0)) * mask
+    assert torch.allclose(scores.values.double(), values, atol=1e-6)
+    loss = algo.token_loss(Forward(logprobs, entropy, values), batch, scores, targets).loss
+    (loss * token_weights(mask, algo.weighting)).sum().backward()
+    for own, expected in ((learner.policy, policy), (learner.critic, critic)):
+        assert own is not None
+        for (name, a), (_, b) in zip(own.named_parameters(), expected.named_parameters(), strict=True):
+            assert a.grad is not None
+            assert b.grad is not None
+            assert torch.allclose(a.grad, b.grad, atol=1e-9, rtol=1e-6), name
+            assert b.grad.abs().max() > 1e-6, name
+
+
+@pytest.mark.parametrize("packing", ["shared", "packed", "padded"])
+def test_a_critic_on_the_trunk_costs_no_pass_of_its_own(packing):
+    algo, batch = ppo(kl_coef=0.0, kl_reward_coef=0.0), random_batch()
+    learner, passes = make_learner(algo, **on_the_trunk(), packing=packing, reference=None), []
+    learner.policy.model.register_forward_hook(lambda *_: passes.append(1))
+    scores = learner.score(batch)
+    metrics = learner.update(0, batch, scores, algo.targets(batch, scores), algo)
+    assert len(passes) == 2  # one to score, one to learn
+    assert metrics["update/critic_grad_norm"] > 0
+    names = {name for name, _ in learner.state() if name.startswith("critic/weights/")}
+    assert names == {"critic/weights/head.weight", "critic/weights/head.bias"}
 
 
 def test_adapters_for_layers_that_are_not_there_are_refused():

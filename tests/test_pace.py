@@ -10,17 +10,19 @@ import torch
 
 from otcrl.errors import ConfigError
 from otcrl.rollout.hf_engine import HFEngine
-from otcrl.rollout.pace import PATIENCE_S, Pace, paced
+from otcrl.rollout.pace import Pace, paced
 from tests.test_hf_engine import OBSERVATION, TOKENIZER, VOCAB, ask, prompt
 from tests.tiny import tiny_llama
 from tests.virtual import run
+
+PATIENCE_S = 1.0
 
 
 class Ticker:
     """An engine that only counts: a step takes a second."""
 
     def __init__(self, steps: int) -> None:
-        self.pace, self.log, self.step = Pace(steps), [], 0
+        self.pace, self.log, self.step = Pace(steps, PATIENCE_S), [], 0
 
     async def call(self, name: str, seconds: float) -> None:
         async with self.pace.call():

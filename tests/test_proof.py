@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from otcrl.errors import TrainingError
 from otcrl.learner.proof import Proof
+from otcrl.models.lora import Lora
 from otcrl.models.policy import token_logprobs
+from otcrl.models.published import Layers, published
 from otcrl.rollout.hf_engine import HFEngine
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -34,15 +37,18 @@ def saying(model: PreTrainedModel):
     return says
 
 
-def run(check: Proof, learner: PreTrainedModel, published: PreTrainedModel, version: int = 1) -> dict[str, float]:
-    """The learner's weights are `learner`'s, and what reached the engine are `published`'s."""
+def run(
+    check: Proof, learner: PreTrainedModel, given: PreTrainedModel | Iterable[tuple[str, Tensor]], version: int = 1
+) -> dict[str, float]:
+    """The learner's weights are `learner`'s, and what reached the engine are those that were `given`."""
+    weights = given.named_parameters() if isinstance(given, PreTrainedModel) else given
 
     async def go() -> dict[str, float]:
         engine = HFEngine(
             model=tiny_llama(TOKENIZER.vocab_size, seed=7), tokenizer=TOKENIZER, max_sequences=4, context=128,
             batch_tokens=256,
         )  # fmt: skip
-        await engine.load_weights(published.named_parameters(), version)
+        await engine.load_weights(weights, version)
         try:
             return await check(engine, saying(learner), PROBES, version)
         finally:
@@ -76,6 +82,19 @@ def test_weights_of_the_step_before_stop_the_run(learner):
     run(check, learner, learner, version=1)
     with pytest.raises(TrainingError, match=r"version 2 .* differ .* nats on average .* over 3\d tokens"):
         run(check, updated(learner, 1e-3), learner, version=2)
+
+
+def test_merged_adapters_are_proven_as_any_weights_are(learner):
+    plain = updated(learner, 0.0)
+    Lora(rank=4, alpha=8, targets="all-linear").adapt(learner, seed=0)
+    with torch.no_grad():
+        for name, parameter in learner.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    merged = Layers(list(published(learner)))
+    assert run(proof(tolerance=1e-4), learner, merged)["sync/logprob_gap_max"] < 1e-4
+    with pytest.raises(TrainingError, match="computes with other weights"):
+        run(proof(tolerance=1e-4), learner, plain.named_parameters())
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight", "lm_head.weight"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from otcrl.errors import EngineError
+from otcrl.models.published import Layers, published
 from otcrl.rollout.publication import Message, Publisher, check_delivery
 from otcrl.rollout.snapshot import Manifest, Snapshot, damaged, mapped, read
 from otcrl.rollout.vllm_worker import Receiver
@@ -183,6 +186,30 @@ def test_the_file_of_an_earlier_version_is_not_taken_for_the_new_one(learner, pu
     with pytest.raises(EngineError, match="version 2 reached worker 0 damaged: model"):
         deliver(Message(fresh.method, {**fresh.content, "path": stale.content["path"]}, 2, False), here)
     old.close()
+
+
+def test_a_split_model_goes_by_file_and_no_more_than_a_layer_of_it_is_whole(learner):
+    whole = {name: parameter.detach().clone() for name, parameter in learner.named_parameters()}
+    at_once: list[set[str]] = []
+    for name, parameter in learner.named_parameters():
+        parameter.data, parameter.ds_shape = torch.empty(0), whole[name].shape
+
+    @contextmanager
+    def gather(parameters: Sequence[Tensor]) -> Iterator[None]:
+        names = {name for name, own in learner.named_parameters() if any(own is p for p in parameters)}
+        for name in names:
+            learner.get_parameter(name).data = whole[name]
+        at_once.append({name for name, parameter in learner.named_parameters() if parameter.numel()})
+        yield
+        for name in names:
+            learner.get_parameter(name).data = torch.empty(0)
+
+    publisher, here = Publisher(learner, by_handle=True), worker()
+    deliver(publisher.prepare(Layers(list(published(learner)), gather), 3), here)
+    assert all(torch.equal(p, whole[name]) for name, p in here.model_runner.model.named_parameters())
+    assert max(map(len, at_once)) == 9  # what a layer of this model has
+    assert publisher.again() is not None
+    publisher.close()
 
 
 def test_an_engine_that_lost_its_weights_gets_them_again_though_the_learner_went_on(learner, publisher):

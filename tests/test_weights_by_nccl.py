@@ -23,9 +23,10 @@ from fastapi.responses import JSONResponse
 from torch import Tensor
 
 from otcrl.errors import EngineError
+from otcrl.models.published import Layers, layer_of
 from otcrl.rollout.fleet import Fleet
 from otcrl.rollout.gate import deadline
-from otcrl.rollout.weights_by_nccl import LayerSource, WeightsByNCCL, layer_of, sent
+from otcrl.rollout.weights_by_nccl import WeightsByNCCL, sent
 from tests.apps import served
 from tests.tiny import tiny_llama
 
@@ -74,8 +75,8 @@ class Sharded:
         for name in names:
             self.shards[name].data = torch.empty(0)
 
-    def source(self) -> LayerSource:
-        return LayerSource(list(self.shards.items()), self.gather)
+    def source(self) -> Layers:
+        return Layers(Layers.of(self.shards.items()).weights, self.gather)
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def sharded() -> Sharded:
 
 def test_a_sharded_model_is_announced_whole_without_being_gathered(sharded):
     expected = [(name, p.dtype, list(p.shape)) for name, p in MODEL.named_parameters()]
-    assert sharded.source().described() == LayerSource(list(MODEL.named_parameters())).described() == expected
+    assert sharded.source().described() == Layers.of(list(MODEL.named_parameters())).described() == expected
     assert sharded.gathered == []
 
 
@@ -109,7 +110,7 @@ def test_iteration_gives_each_parameter_while_it_is_whole(sharded):
 def test_what_lies_otherwise_in_memory_is_sent_in_its_order():
     turned = torch.arange(6.0).view(2, 3).t()
     arrived = []
-    sent(LayerSource([("x", turned)]), arrived.append)
+    sent(Layers.of([("x", turned)]), arrived.append)
     assert arrived[0].is_contiguous()
     assert torch.equal(arrived[0], turned)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from otcrl.models.published import published
+from otcrl.models.lora import without_adapters
+from otcrl.models.published import Layers, published, whole_shape
 
 if TYPE_CHECKING:
     from otcrl.learner.optimizer import Optimizer
 
 Forward = Callable[..., Any]
+T = TypeVar("T")
 
 
 class Backend(Protocol):
@@ -31,6 +34,10 @@ class Backend(Protocol):
         """What the function that was given with the module makes of them, with whatever it needs there."""
         ...
 
+    def inside(self, function: Callable[..., T], *inputs: Any) -> T:
+        """What another function makes of them, in the same way."""
+        ...
+
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:
         """Gradients of the parameters from those of a call's outputs, added to earlier ones. `last`: before a step."""
         ...
@@ -46,11 +53,11 @@ class Backend(Protocol):
         """Forget what the optimizer has gathered, and go on with these settings."""
         ...
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+    def whole(self, parameters: Sequence[Tensor]) -> AbstractContextManager[object]:
         """Inside, this rank has all of these parameters; all ranks ask for them together."""
         ...
 
-    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def put(self, parameter: Tensor, value: Tensor) -> None:
         """`parameter` has this value from now on, which all ranks give."""
         ...
 
@@ -64,22 +71,42 @@ class Backend(Protocol):
 
 
 class Computes(nn.Module):
-    """`function` as a module that has `module`'s parameters: what a backend can wrap and call."""
+    """Calls functions as a module that has `module`'s parameters: what a backend can wrap."""
 
-    def __init__(self, module: nn.Module, function: Forward) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self._function = function
 
-    def forward(self, *inputs: Any) -> Any:
-        return self._function(*inputs)
+    def forward(self, function: Forward, *inputs: Any) -> Any:
+        return function(*inputs)
 
 
-def weights(backend: Backend) -> Iterator[tuple[str, Tensor]]:
-    """The plain model's weights, one after another; each is valid until the next is asked for."""
+class Unadapted:
+    """A trained module as it is without its adapters: the reference of a run that trains nothing else."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def __call__(self, *inputs: Any) -> Any:
+        with torch.no_grad(), without_adapters(self._backend.module):
+            return self._backend(*inputs)
+
+
+def fold(backend: Backend) -> None:
+    """Adapters become part of the weights that they were put into, and begin anew: they change nothing as yet."""
     for weight in published(backend.module):
-        with backend.whole(weight.parameters):
-            yield weight.name, weight.value()
+        if len(weight.parameters) > 1:
+            with backend.whole(weight.parameters):
+                value = weight.value()
+            backend.put(weight.parameters[0], value)
+    for name, parameter in backend.module.named_parameters():
+        if ".lora_B." in name:
+            backend.put(parameter, torch.zeros(whole_shape(parameter), dtype=parameter.dtype, device=parameter.device))
+
+
+def weights(backend: Backend) -> Layers:
+    """The plain model's."""
+    return Layers(list(published(backend.module)), backend.whole)
 
 
 def load_weights(backend: Backend, values: Iterable[tuple[str, Tensor]]) -> list[str]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from otcrl.learner.backend import Computes, Forward
 from otcrl.learner.optimizer import Optimizer
 from otcrl.models.published import whole_shape
 
+T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Where = Literal["none", "cpu", "nvme"]
 
@@ -47,7 +49,9 @@ class DeepSpeed:
             raise ValueError(f"bucket must be at least 1, got {self.bucket}")
 
     def config(self, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:
-        """DeepSpeed's own."""
+        """DeepSpeed's own. Raises ConfigError where the disk that it names cannot be used."""
+        if "nvme" in (self.offload, self.offload_params):
+            check_disk(Path(self.nvme_path or ""))
         zero: dict[str, Any] = {
             "stage": self.zero_stage,
             "overlap_comm": self.overlap and torch.cuda.is_available(),
@@ -94,7 +98,8 @@ class DeepSpeedBackend:
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         idle = torch.optim.AdamW(self._trained.values(), lr=0.0)
         config = settings.config(next(iter(self._trained.values())).dtype, max_grad_norm)
-        self._engine: Any = deepspeed.initialize(model=Computes(module, function), optimizer=idle, config=config)[0]
+        self._function = function
+        self._engine: Any = deepspeed.initialize(model=Computes(module), optimizer=idle, config=config)[0]
         self._make_state()
         self.begin(optimizer, max_grad_norm)
 
@@ -124,7 +129,10 @@ class DeepSpeedBackend:
         return self._engine.optimizer.optimizer
 
     def __call__(self, *inputs: Any) -> Any:
-        return self._engine(*inputs)
+        return self._engine(self._function, *inputs)
+
+    def inside(self, function: Callable[..., T], *inputs: Any) -> T:
+        return self._engine(function, *inputs)
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:
         """DeepSpeed averages over the ranks, and ours are shares of a sum."""
@@ -139,10 +147,10 @@ class DeepSpeedBackend:
             self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+    def whole(self, parameters: Sequence[Tensor]) -> AbstractContextManager[object]:
         return imported().zero.GatheredParameters(list(parameters)) if self._stage == 3 else nullcontext()
 
-    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def put(self, parameter: Tensor, value: Tensor) -> None:
         zero = imported().zero
         gathered = zero.GatheredParameters([parameter], modifier_rank=0) if self._stage == 3 else nullcontext()
         with gathered, torch.no_grad():
@@ -150,7 +158,7 @@ class DeepSpeedBackend:
         if parameter.requires_grad:
             self._set(parameter, value)
 
-    def _set(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
+    def _set(self, parameter: Tensor, value: Tensor, moment: str | None = None) -> None:
         """The optimizer's own weight, or a moment of it."""
         tools, key = imported().utils, () if moment is None else (moment,)
         value = value.to(parameter.device, torch.float32)
@@ -191,15 +199,48 @@ class Frozen:
 
     def __init__(self, module: nn.Module, function: Forward, settings: DeepSpeed) -> None:
         self.module = module
+        self._function = function
         config = settings.config(next(module.parameters()).dtype, 1.0)
-        self._engine: Any = imported().initialize(model=Computes(module, function), config=config)[0]
+        self._engine: Any = imported().initialize(model=Computes(module), config=config)[0]
 
     def __call__(self, *inputs: Any) -> Any:
-        return self._engine(*inputs)
+        return self._engine(self._function, *inputs)
 
-    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def put(self, parameter: Tensor, value: Tensor) -> None:
         with imported().zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             parameter.copy_(value)
+
+
+def check_disk(folder: Path) -> None:
+    """Raises ConfigError where DeepSpeed cannot keep anything in `folder`."""
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"learner.deepspeed.nvme_path is {str(folder)!r}, and that is no folder to write in")
+    imported()
+    from deepspeed.accelerator import get_accelerator
+
+    if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible():
+        raise ConfigError(
+            "learner.deepspeed: for nvme DeepSpeed compiles its disk access with libaio, which was not found: "
+            "apt-get install libaio-dev g++ ninja-build, or use offload=cpu"
+        )
+
+
+@contextmanager
+def made_split(settings: DeepSpeed, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, the models that transformers loads or makes are split over the ranks, one layer after another.
+
+    The file is mapped into memory, the first rank reads a layer and the others get their parts of it: no rank ever
+    has a whole copy. On all ranks.
+    """
+    imported()
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    config = HfDeepSpeedConfig(settings.config(dtype, 1.0))  # transformers finds it while it lives
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del config
 
 
 def imported() -> Any:

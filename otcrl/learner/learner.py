@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,16 @@ from otcrl import dist
 from otcrl.algos.functional import token_weights
 from otcrl.algos.mismatch import mismatch
 from otcrl.errors import TrainingError, nearest
-from otcrl.learner.backend import Backend, load_weights, weights
+from otcrl.learner.backend import Backend, Unadapted, fold, load_weights, weights
 from otcrl.learner.deepspeed_backend import DeepSpeed, DeepSpeedBackend, Frozen
 from otcrl.learner.optimizer import Optimizer, check_precision
 from otcrl.learner.passes import idle_mask, passes
 from otcrl.learner.torch_backend import TorchBackend, Whole
+from otcrl.models.critic import Critic, SharedCritic
 from otcrl.models.lora import Lora
 from otcrl.models.packed_attention import Packed
 from otcrl.models.policy import autocast, recomputing
-from otcrl.models.published import plain, published
+from otcrl.models.published import Layers, is_split, plain, published
 from otcrl.models.reader import Packing, Reader
 from otcrl.models.token_logprobs import Entropy
 from otcrl.protocols import Algorithm
@@ -36,8 +37,6 @@ from otcrl.types import Batch, Forward, Metrics, Rows, Scores, Targets, rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from otcrl.models.critic import Critic
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,20 @@ class Pass:
     counts: bool  # False: made only because another rank has one more
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """What the models say in one pass, with what gradients go back through."""
+
+    said: Forward
+    hidden_ND: Tensor | None = None  # the policy's states that chose the actions, where the critic reads them
+    read_ND: Tensor | None = None  # the same values, whose gradient is the critic's
+
+
 @dataclass(kw_only=True)
 class Learner:
     policy: PreTrainedModel
-    reference: PreTrainedModel | None
-    critic: Critic | None
+    reference: PreTrainedModel | None  # the policy itself: what it says without its adapters
+    critic: Critic | SharedCritic | None
     steps: int  # of the whole run, for the schedules
     seed: int
     temperature: float  # of the rollout: the sampled distribution is the one that is trained
@@ -71,6 +79,7 @@ class Learner:
     backend: str  # torch: every rank has everything | deepspeed: split over the ranks
     deepspeed: DeepSpeed
     lora: Lora
+    critic_trunk: Literal["own", "shared"]  # shared: the critic is a head on the policy's hidden states
     wired = frozenset({"policy", "reference", "critic", "steps", "seed", "temperature"})
     backends: dict[str, Backend] = field(init=False)
     reader: Reader = field(init=False)
@@ -78,19 +87,28 @@ class Learner:
 
     def __post_init__(self) -> None:
         self._check()
-        self.reader = reader = Reader.of(self.policy, self.packing)
+        self._skipped = 0  # updates in a row
+        came_split = is_split(self.policy)
+        self.lora.adapt(self.policy, self.seed)
+        policy = self._trained(self.policy, self._read_policy, self.policy_optimizer)
+        self.backends = {"policy": policy}
+        self.reader = reader = policy.inside(Reader.of, self.policy, self.packing)
         if reader.why_padded and dist.is_first():
             print(f"otcrl: learner.packing={self.packing} is padded for this model: {reader.why_padded}")
-        self._skipped = 0  # updates in a row
-        self.lora.adapt(self.policy, self.seed)
-        self.backends = {"policy": self._trained(self.policy, reader.logprobs, self.policy_optimizer)}
         self._reference: Any = None
-        if self.reference is not None:
+        if self.reference is self.policy:
+            self._reference = Unadapted(policy)
+        elif self.reference is not None:
             self._reference = self._frozen(self.reference, reader.like(self.reference).logprobs)
-        if self.critic is not None:
+        if isinstance(self.critic, SharedCritic):  # a few numbers: there is nothing to split
+            given = (self.critic, self.critic.forward, self.critic_optimizer, self.max_grad_norm)
+            self.backends["critic"] = TorchBackend(*given)
+        elif self.critic is not None:
             reader.prepare(self.critic.body)
             self.lora.adapt(self.critic.body, self.seed)
             self.backends["critic"] = self._trained(self.critic, self.critic.forward, self.critic_optimizer)
+        if came_split:
+            self._copy_policy()
 
     def _check(self) -> None:
         for name, choices in (("old_logprobs", ("recompute", "sampler")), ("backend", ("torch", "deepspeed"))):
@@ -102,6 +120,11 @@ class Learner:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         check_precision(self.max_grad_norm, self.autocast)
+
+    def _read_policy(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """(log-probs, entropy), and the hidden states where the critic reads them."""
+        shares = isinstance(self.critic, SharedCritic)
+        return self.reader.states(*inputs) if shares else self.reader.logprobs(*inputs)
 
     def _trained(self, module: Any, function: Callable[..., Any], optimizer: Optimizer) -> Backend:
         if self.backend == "deepspeed":
@@ -123,12 +146,14 @@ class Learner:
         needed = recompute or self._reference is not None or self.critic is not None
         for each in self._passes(batch, batch.action_mask.any(1)) if needed else ():
             place = each.index[: len(each.index) * each.counts], slice(each.rows.token_ids.shape[1])
-            if recompute:
-                old[place] = self._logprobs(self.backends["policy"], each)[0][: len(place[0])].to(old)
-            if self._reference is not None:
-                ref[place] = self._logprobs(self._reference, each)[0][: len(place[0])].to(ref)
-            if self.critic is not None:
+            if recompute or isinstance(self.critic, SharedCritic):
+                said = self._outputs(each, "skip").said
+                old[place] = said.logprobs[: len(place[0])].to(old)
+                values[place] = said.values[: len(place[0])].to(values)
+            elif self.critic is not None:
                 values[place] = self._values(each)[: len(place[0])].to(values)
+            if self._reference is not None:
+                ref[place] = self._said(self._reference, each)[0][: len(place[0])].to(ref)
         if needed:
             dist.add([old, ref, values], "log-probs of the step's batch")
         old = old if recompute else batch.sampler_logprobs
@@ -233,7 +258,7 @@ class Learner:
             cut_scores, cut_targets = self._cut(scores, each.index, width), self._cut(targets, each.index, width)
             with recomputing(*(backend.module for backend in self.backends.values())):
                 outputs = self._outputs(each, "train" if algo.trains_entropy else "measure")
-                leaves = cut_off(outputs)
+                leaves = cut_off(outputs.said)
                 out = algo.token_loss(leaves, each.rows, cut_scores, cut_targets)
                 self._backward(outputs, leaves, (out.loss * w_BT).sum(), last=number == len(own))
             if each.counts:
@@ -257,13 +282,23 @@ class Learner:
         means = {k: v if k == "loss" else v / max(seen, 1e-12) for k, v in found.items()}
         return {"loss": 0.0} | means | {"used_weight": seen}
 
-    def _backward(self, outputs: Forward, leaves: Forward, loss: Tensor, *, last: bool) -> None:
-        """Through the algorithm, then through each model: one need not know what the other is made of."""
+    def _backward(self, outputs: Outputs, leaves: Forward, loss: Tensor, *, last: bool) -> None:
+        """Through the algorithm, then through each model: one need not know what the other is made of.
+
+        Through the critic first: where it reads the policy's states, its gradient goes on from there.
+        """
         loss.backward()
-        parts = {"policy": ("logprobs", "entropy"), "critic": ("values",)}
-        for name, backend in self.backends.items():
-            pairs = [(getattr(outputs, part), getattr(leaves, part)) for part in parts[name]]
-            pairs = [(output, leaf) for output, leaf in pairs if leaf.requires_grad]
+        said = outputs.said
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = {
+            "critic": [(said.values, leaves.values)],
+            "policy": [(said.logprobs, leaves.logprobs), (said.entropy, leaves.entropy)],
+        }
+        if outputs.hidden_ND is not None and outputs.read_ND is not None:
+            parts["policy"].append((outputs.hidden_ND, outputs.read_ND))
+        for name in ("critic", "policy"):
+            if (backend := self.backends.get(name)) is None:
+                continue
+            pairs = [(output, leaf) for output, leaf in parts[name] if leaf.requires_grad]
             gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for _, leaf in pairs]
             if not torch.isfinite(loss.detach()):  # whatever the gradients are: they must not be used
                 gradients = [torch.full_like(gradient, torch.nan) for gradient in gradients]
@@ -285,12 +320,17 @@ class Learner:
 
     # -- pieces ------------------------------------------------------------------------------------
 
-    def _outputs(self, each: Pass, entropy: Entropy) -> Forward:
-        logprobs_BT, entropy_BT = self._logprobs(self.backends["policy"], each, entropy)
+    def _outputs(self, each: Pass, entropy: Entropy) -> Outputs:
+        logprobs_BT, entropy_BT, *states = self._said(self.backends["policy"], each, entropy)
+        if states:
+            hidden_ND = states[0]
+            read_ND = hidden_ND.detach().requires_grad_(hidden_ND.requires_grad)
+            values_BT = self.backends["critic"](read_ND, each.rows.action_mask)
+            return Outputs(Forward(logprobs_BT, entropy_BT, values_BT), hidden_ND, read_ND)
         values_BT = self._values(each) if self.critic is not None else torch.zeros_like(logprobs_BT)
-        return Forward(logprobs_BT, entropy_BT, values_BT)
+        return Outputs(Forward(logprobs_BT, entropy_BT, values_BT))
 
-    def _logprobs(self, backend: Any, each: Pass, entropy: Entropy = "skip") -> tuple[Tensor, Tensor]:
+    def _said(self, backend: Any, each: Pass, entropy: Entropy = "skip") -> tuple[Tensor, ...]:
         ids_BT, mask_BT = each.rows.token_ids, each.rows.action_mask
         return backend(ids_BT, mask_BT, each.packed, self.temperature, entropy, self.autocast)
 
@@ -323,12 +363,22 @@ class Learner:
     # -- weights and state ---------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Reference and critic start from the policy as it is now: it may have had a cold start."""
+        """Reference and critic start from the policy as it is now: it may have had a cold start.
+
+        In a run of adapters, what they have learned becomes part of the weights beside them.
+        """
+        if self.lora.rank:
+            fold(self.backends["policy"])
+        self._copy_policy()
+        self.backends["policy"].begin(self.policy_optimizer, self.max_grad_norm)
+
+    def _copy_policy(self) -> None:
+        """Reference and critic get its weights."""
         prefix = f"{self.policy.base_model_prefix}."
         copies = []
-        if self._reference is not None:
+        if self.reference is not None and self.reference is not self.policy:
             copies.append((self._reference, ""))
-        if self.critic is not None:
+        if isinstance(self.critic, Critic):
             copies.append((self.backends["critic"], prefix))
         for backend, cut in copies:
             own = backend.module.body if cut else backend.module
@@ -336,9 +386,8 @@ class Learner:
             for name, value in self.weights():
                 if name.removeprefix(cut) in parameters:
                     backend.put(parameters[name.removeprefix(cut)], value)
-        self.backends["policy"].begin(self.policy_optimizer, self.max_grad_norm)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self) -> Layers:
         """The policy's, whole, by the plain model's names, tied ones once; each valid until the next; on all ranks."""
         return weights(self.backends["policy"])
 
@@ -352,8 +401,14 @@ class Learner:
             load_weights(self.backends["policy"], values)
 
     def refer_to(self, values: Iterable[tuple[str, Tensor]]) -> None:
-        """The reference has these weights: what `begin` gave it before the run was interrupted."""
-        if self._reference is not None:
+        """What `begin` started from before the run was interrupted: the reference has these weights.
+
+        In a run of adapters, so do all models beside theirs.
+        """
+        if self.lora.rank:
+            load_weights(self.backends["policy"], values)
+            self._copy_policy()
+        elif self._reference is not None:
             load_weights(self._reference, values)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from otcrl import dist
-from otcrl.learner.backend import Computes, Forward
+from otcrl.learner.backend import Forward
 from otcrl.learner.optimizer import Optimizer
 
+T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 BUCKET = 1 << 26  # numbers that are added over the ranks at a time
 
@@ -26,7 +27,7 @@ class TorchBackend:
 
     def __init__(self, module: nn.Module, function: Forward, optimizer: Optimizer, max_grad_norm: float) -> None:
         self.module = module
-        self._compute = Computes(module, function)
+        self._function = function
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._updated = {name: self._master(p) for name, p in self._trained.items()}  # what the optimizer sees
         self.begin(optimizer, max_grad_norm)
@@ -52,7 +53,10 @@ class TorchBackend:
         return master
 
     def __call__(self, *inputs: Any) -> Any:
-        return self._compute(*inputs)
+        return self._function(*inputs)
+
+    def inside(self, function: Callable[..., T], *inputs: Any) -> T:
+        return function(*inputs)
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:
         torch.autograd.backward(outputs, gradients)
@@ -73,10 +77,10 @@ class TorchBackend:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def whole(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
+    def whole(self, parameters: Sequence[Tensor]) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def put(self, parameter: Tensor, value: Tensor) -> None:
         with torch.no_grad():
             parameter.copy_(value)
         for name, own in self._trained.items():
@@ -111,7 +115,7 @@ class Whole:
     def __call__(self, *inputs: Any) -> Any:
         return self._function(*inputs)
 
-    def put(self, parameter: nn.Parameter, value: Tensor) -> None:
+    def put(self, parameter: Tensor, value: Tensor) -> None:
         with torch.no_grad():
             parameter.copy_(value)
 

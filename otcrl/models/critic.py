@@ -1,12 +1,13 @@
-"""The critic of PPO: a copy of the policy's body with one number for a head."""
+"""The critic of PPO: one number for each hidden state, of a body of its own or of the policy's."""
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from otcrl.models.twin import twin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,16 +16,15 @@ if TYPE_CHECKING:
 
 
 class Critic(nn.Module):
-    """values [B, T], float32 or wider: V(tokens < t) at column t, so column 0 is 0. Untrained it says 0 everywhere."""
+    """With a copy of the policy's body. Untrained it says 0 everywhere.
+
+    values [B, T], float32 or wider: V(tokens < t) at column t, so column 0 is 0.
+    """
 
     def __init__(self, policy: PreTrainedModel) -> None:
         super().__init__()
-        self.body: PreTrainedModel = copy.deepcopy(policy.base_model)  # pyright: ignore[reportAttributeAccessIssue]
-        wide = torch.promote_types(policy.dtype, torch.float32)
-        self.head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=wide)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-        self.head.to(policy.device)
+        self.body: PreTrainedModel = twin(policy.base_model)  # pyright: ignore[reportArgumentType]
+        self.head = value_head(policy)
 
     def forward(self, token_ids_BT: Tensor, packed: Packed | None = None) -> Tensor:
         """`packed` holds the rows as far as actions depend on them; values past that mean nothing."""
@@ -35,3 +35,27 @@ class Critic(nn.Module):
             values_BT = values_BT[0].take(packed.where_BT)
         T = token_ids_BT.shape[1]
         return nn.functional.pad(values_BT[:, : T - 1], (1, max(0, T - 1 - values_BT.shape[1])))
+
+
+class SharedCritic(nn.Module):
+    """A head on the policy's hidden states, of the pass that gives its log-probs. Untrained it says 0 everywhere."""
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        super().__init__()
+        self.head = value_head(policy)
+
+    def forward(self, hidden_ND: Tensor, action_mask_BT: Tensor) -> Tensor:
+        """values [B, T], float32 or wider, 0 off the N actions, which these hidden states chose (`token_states`)."""
+        values_N = self.head(hidden_ND.to(self.head.weight.dtype)).squeeze(-1)
+        empty_BT = torch.zeros(action_mask_BT.shape, device=values_N.device, dtype=values_N.dtype)
+        return empty_BT.index_put(action_mask_BT.nonzero(as_tuple=True), values_N)
+
+
+def value_head(policy: PreTrainedModel) -> nn.Linear:
+    """One number for each hidden state of the policy, 0 as yet; float32 or wider."""
+    wide = torch.promote_types(policy.dtype, torch.float32)
+    with torch.device(policy.device):
+        head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=wide)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head

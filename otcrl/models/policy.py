@@ -28,7 +28,23 @@ def token_logprobs(
     packed: Packed | None = None,
     head: nn.Linear | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """The first two of `token_states`."""
+    return token_states(model, token_ids_BT, action_mask_BT, temperature, entropy, packed=packed, head=head)[:2]
+
+
+def token_states(
+    model: PreTrainedModel,
+    token_ids_BT: Tensor,
+    action_mask_BT: Tensor,
+    temperature: float = 1.0,
+    entropy: Entropy = "skip",
+    *,
+    packed: Packed | None = None,
+    head: nn.Linear | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """(log pi(token t | tokens < t), entropy of that choice), both [B, T] nats in float32 or wider, 0 off actions.
+
+    And [N, D], the last hidden states that chose the N actions, in the order of `action_mask_BT.nonzero()`.
 
     Only the hidden states that choose an action reach the output layer: a vocabulary is wide, and most tokens of a tool
     trajectory are observations. Entropy is 0 when skipped, and has no gradient unless it is trained.
@@ -41,11 +57,14 @@ def token_logprobs(
     row_N, column_N = action_mask_BT.nonzero(as_tuple=True)
     chosen_N = token_ids_BT[row_N, column_N]
     inputs = {"input_ids": token_ids_BT, "use_cache": False} if packed is None else packed.inputs()
+    chose: list[Tensor] = []
 
     def acting(hidden: Tensor) -> Tensor:
         if packed is None:
-            return hidden[row_N, column_N - 1]
-        return gathered(hidden[0], packed.where_BT[row_N, column_N - 1])
+            chose.append(hidden[row_N, column_N - 1])
+        else:
+            chose.append(gathered(hidden[0], packed.where_BT[row_N, column_N - 1]))
+        return chose[-1]
 
     if head is None:
         with changing_input(output_layer(model), lambda hidden: acting(hidden).unsqueeze(0)):
@@ -63,7 +82,8 @@ def token_logprobs(
         with computing(head, fused):
             logprobs_N, entropy_N = head(acting(model.base_model(**inputs).last_hidden_state))
     empty_BT = torch.zeros(token_ids_BT.shape, device=token_ids_BT.device, dtype=logprobs_N.dtype)
-    return empty_BT.index_put((row_N, column_N), logprobs_N), empty_BT.index_put((row_N, column_N), entropy_N)
+    logprobs_BT, entropy_BT = (empty_BT.index_put((row_N, column_N), said_N) for said_N in (logprobs_N, entropy_N))
+    return logprobs_BT, entropy_BT, chose[-1]
 
 
 def softmax_logprobs(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from otcrl import packing
 from otcrl.bucketing import by_length
 from otcrl.models.packed_attention import PACKED_ATTENTION, Packed
-from otcrl.models.policy import autocast, output_layer, token_logprobs
+from otcrl.models.policy import autocast, output_layer, token_states
 from otcrl.models.token_logprobs import Entropy
 
 if TYPE_CHECKING:
@@ -103,9 +103,21 @@ class Reader:
         entropy: Entropy = "skip",
         half: str | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """See `token_logprobs`. `half`: matrix products in bfloat16 or float16; None: in the model's own dtype."""
+        """The first two of `states`."""
+        return self.states(token_ids_BT, action_mask_BT, packed, temperature, entropy, half)[:2]
+
+    def states(
+        self,
+        token_ids_BT: Tensor,
+        action_mask_BT: Tensor,
+        packed: Packed | None,
+        temperature: float = 1.0,
+        entropy: Entropy = "skip",
+        half: str | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `token_states`. `half`: matrix products in bfloat16 or float16; None: in the model's own dtype."""
         with autocast(half, self.model.device):
-            return token_logprobs(
+            return token_states(
                 self.model, token_ids_BT, action_mask_BT, temperature, entropy, packed=packed, head=self.head
             )
 

@@ -40,10 +40,13 @@ class HFEngine:
         context: int,
         batch_tokens: int,
         tool_steps: int = 4,
+        tool_patience_s: float = 1.0,
     ) -> None:
         """`model` is the engine's own copy. Raises ConfigError if the model or a number cannot work."""
         if tool_steps < 0:
             raise ConfigError(f"tool_steps must be 0 or more, got {tool_steps}")
+        if not tool_patience_s >= 0:
+            raise ConfigError(f"tool_patience_s must be 0 or more, got {tool_patience_s}")
         for name, value in (("max_sequences", max_sequences), ("context", context), ("batch_tokens", batch_tokens)):
             if value < 1:
                 raise ConfigError(f"{name} must be at least 1, got {value}")
@@ -60,7 +63,7 @@ class HFEngine:
         self._running: list[Session] = []  # sorted by row
         self._loads: list[tuple[Iterable[tuple[str, Tensor]], int, asyncio.Future[None]]] = []
         self._scores: list[tuple[list[int], asyncio.Future[list[float]]]] = []
-        self._pace = Pace(tool_steps) if tool_steps else None
+        self._pace = Pace(tool_steps, tool_patience_s) if tool_steps else None
         self._server: asyncio.Task[None] | None = None
         self._incomplete = ""  # what went wrong with the weights: nothing is generated until they are whole
         self._closed = False

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 from otcrl.protocols import Engine, Tool
 
-PATIENCE_S = 1.0  # for a call that is late; after that nobody waits for it, and when it comes is left to chance
-
 
 @dataclass(slots=True, eq=False)
 class Held:
@@ -27,10 +25,13 @@ class Held:
 
 
 class Pace:
-    """An engine's decode steps, counted; `call` holds what is inside to them. `wake`: called when a call begins."""
+    """An engine's decode steps, counted; `call` holds what is inside to them.
 
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
+    A call that is late is waited for, for `patience_s`; after that, when it comes is left to chance.
+    """
+
+    def __init__(self, steps: int, patience_s: float) -> None:
+        self._steps, self._patience_s = steps, patience_s
         self._now = 0
         self._held: list[Held] = []
         self._changed = asyncio.Event()
@@ -64,7 +65,7 @@ class Pace:
         if idle and self._held:
             self._now = max(self._now, min(held.due for held in self._held))
         due = [held for held in self._held if held.due <= self._now]
-        deadline = asyncio.get_running_loop().time() + PATIENCE_S
+        deadline = asyncio.get_running_loop().time() + self._patience_s
         while not all(held.is_over for held in due):
             self._changed.clear()
             try:

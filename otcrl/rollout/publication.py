@@ -1,7 +1,8 @@
 """New weights on their way to vLLM's workers, and the proof that they arrived.
 
 A message names a method of the workers' extension (vllm_worker.py) and carries a digest for each parameter; each worker
-reports what it has. Weights on a GPU that the worker sees too travel as handles, all others in a file in memory.
+reports what it has. Weights on a GPU that the worker sees too travel as handles, all others in a file in memory: also
+those of a split model (ZeRO-3), of which the GPU never holds more than a layer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from otcrl.errors import EngineError, nearest
-from otcrl.models.published import published
+from otcrl.models.published import is_split, published
 from otcrl.rollout import device_handles
 from otcrl.rollout.snapshot import Snapshot
 from otcrl.rollout.vllm_worker import fingerprint
@@ -36,7 +37,7 @@ class Message:
 class Publisher:
     def __init__(self, model: PreTrainedModel, *, by_handle: bool, folder: Path | None = None) -> None:
         """`model` has the names and shapes that every set of weights must have. `folder` null: main memory."""
-        self._model, self._by_handle = model, by_handle
+        self._model, self._by_handle, self._folder = model, by_handle, folder
         self._snapshot = None if by_handle else Snapshot(folder)
         self._digests: dict[str, str] = {}  # of the weights prepared last
         self._version = 0
@@ -45,6 +46,8 @@ class Publisher:
         """Raises EngineError naming a parameter that is missing, unknown or of another shape."""
         checked = check_names(weights, self._model)
         before, self._version = self._digests, version
+        if self._snapshot is None and is_split(self._model):
+            self._snapshot = Snapshot(self._folder)
         if self._snapshot is not None:
             manifest = self._snapshot.write(checked, version)
             self._digests = {entry.name: entry.digest for entry in manifest.entries}

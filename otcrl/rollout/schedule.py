@@ -171,7 +171,8 @@ class Rollouts:
     def frontier(self) -> Frontier:
         """For a checkpoint: what is under way, or complete and not consumed, is played again after a restart."""
         frontier = self._stream.frontier(group.number for group in self._outstanding())
-        return replace(frontier, since=tuple((number, self._first[number]) for number in frontier.pending))
+        begun = (number for number in frontier.pending if number in self._first)  # not what another rank was ahead of
+        return replace(frontier, since=tuple((number, self._first[number]) for number in begun))
 
     def restore(self, frontier: Frontier) -> None:
         self._stream.restore(frontier)

@@ -13,10 +13,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
@@ -24,6 +21,7 @@ import torch
 from torch import Tensor
 
 from otcrl.errors import EngineError
+from otcrl.models.published import Layers
 from otcrl.rollout.fleet import Fleet, Server, named
 from otcrl.rollout.publication import Message, check_delivery, check_names
 from otcrl.rollout.vllm_worker import fingerprint
@@ -35,31 +33,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Broadcast = Callable[[Tensor], None]  # to all other ranks of a group
 OpenGroup = Callable[[str, int, int, torch.device], Broadcast]  # (address, port, ranks, this rank's GPU)
-
-
-@dataclass(frozen=True)
-class LayerSource:
-    """A model's parameters, whole, one layer at a time: of a sharded model never more than a layer is in memory.
-
-    Iteration gives (name, tensor); a gathered tensor is whole only until the next one is asked for.
-    """
-
-    parameters: Sequence[tuple[str, Tensor]]
-    gather: Callable[[list[Tensor]], AbstractContextManager[object]] = lambda parameters: nullcontext()
-
-    def described(self) -> list[tuple[str, torch.dtype, list[int]]]:
-        """Name, type and whole shape of each, in order; nothing is gathered for it."""
-        return [(name, p.dtype, list(getattr(p, "ds_shape", p.shape))) for name, p in self.parameters]
-
-    def layers(self) -> Iterator[list[tuple[str, Tensor]]]:
-        """Neighbours whose names agree up to the first number in them."""
-        for _, layer in groupby(self.parameters, key=lambda named: layer_of(named[0])):
-            yield list(layer)
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for layer in self.layers():
-            with self.gather([parameter for _, parameter in layer]):
-                yield from ((name, parameter.detach()) for name, parameter in layer)
 
 
 class WeightsByNCCL:
@@ -77,13 +50,13 @@ class WeightsByNCCL:
         self._open_group = open_group or nccl_group
         self._broadcast: Broadcast | None = None
         self._members: list[Server] = []
-        self._source = LayerSource(())
+        self._source = Layers(())
         self._version = 0
         self._digests: dict[str, str] = {}
 
     def prepare(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Raises EngineError naming a parameter that is missing, unknown or of another shape."""
-        self._source = weights if isinstance(weights, LayerSource) else LayerSource(list(weights))
+        self._source = weights if isinstance(weights, Layers) else Layers.of(weights)
         self._version = version
         described = self._source.described()
         list(check_names([(name, torch.empty(shape, device="meta")) for name, _, shape in described], self._model))
@@ -153,25 +126,16 @@ class WeightsByNCCL:
         """The group ends with the process: to end it is a collective of its own, and who knows who is left."""
 
 
-def sent(source: LayerSource, broadcast: Broadcast) -> dict[str, str]:
-    """Broadcasts every parameter in order. Digests by name; a layer has left the GPU before it is given back."""
+def sent(source: Layers, broadcast: Broadcast) -> dict[str, str]:
+    """Broadcasts every parameter in order. Digests by name; each has left the GPU before the next is gathered."""
     digests = {}
-    for layer in source.layers():
-        with source.gather([parameter for _, parameter in layer]):
-            for name, parameter in layer:
-                whole = parameter.detach().contiguous()  # NCCL sends what lies behind the pointer
-                broadcast(whole)
-                digests[name] = fingerprint(whole)
-            if torch.cuda.is_available():
-                torch.cuda.current_stream().synchronize()
+    for name, tensor in source:
+        whole = tensor.contiguous()  # NCCL sends what lies behind the pointer
+        broadcast(whole)
+        digests[name] = fingerprint(whole)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
     return digests
-
-
-def layer_of(name: str) -> str:
-    """`model.layers.3.mlp.up_proj.weight` -> `model.layers.3`; the name itself where no number is in it."""
-    parts = name.split(".")
-    number = next((at for at, part in enumerate(parts) if part.isdigit()), None)
-    return name if number is None else ".".join(parts[: number + 1])
 
 
 def nccl_group(address: str, port: int, ranks: int, device: torch.device) -> Broadcast:
