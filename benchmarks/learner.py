@@ -67,8 +67,7 @@ class Options:
         return Case(way=packing, micro_tokens=self.micro_tokens, ranks=ranks, threads=threads or self.threads)
 
     def peer(self, way: str) -> Case:
-        """The plain loop holds all logits of its rows, so it has half as many."""
-        return Case(way=way, rows=self.rows if way == "trl" else self.rows // 2, threads=self.threads)
+        return Case(way=way, rows=self.rows, threads=self.threads)
 
 
 # -- one way, one process --------------------------------------------------------------------------------
@@ -128,7 +127,7 @@ def compare(
 
 
 def update(options: Options) -> Found:
-    """Each with the passes that it comes with, and without gradient checkpointing."""
+    """Without gradient checkpointing on either side."""
     return against("trl", "update", options)
 
 
