@@ -181,7 +181,7 @@ def watch_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[
 
     def see(*_: object) -> None:
         picked = []
-        for _, parameter in sorted(model.named_parameters()):
+        for parameter in dict(sorted(model.named_parameters())).values():
             assert parameter.grad is not None
             entries = parameter.grad.flatten()
             picked.append(entries[:: max(1, len(entries) // ENTRIES)].float().cpu())
