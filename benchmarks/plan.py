@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from otcrl.models.token_logprobs import CHUNK
+from otcrl.models.token_logprobs import TILE
 from otcrl.plan import memory
 from otcrl.plan.gpus import this_cpu
 from otcrl.plan.job import Ceilings, Job, Sampling, Training, Work
@@ -77,7 +77,7 @@ def job(case: Case) -> Job:
             lora=0,
             checkpointing=case.checkpointing,
             micro_tokens=case.micro_tokens,
-            logit_rows=CHUNK["cpu"],
+            logit_tile=TILE["cpu"],
             reference=False,
             critic=case.algo == "ppo",
             recompute=False,

@@ -60,7 +60,7 @@ def job(
             lora=lora,
             checkpointing=checkpointing,
             micro_tokens=micro_tokens,
-            logit_rows=1024,
+            logit_tile=(2048, 32_768),
             reference=reference,
             critic=critic,
             recompute=True,

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from otcrl.models.policy import softmax_logprobs
-from otcrl.models.token_logprobs import Entropy, linear_logprobs
+from otcrl.models.token_logprobs import Entropy, Tile, linear_logprobs
 
 N, D, V = 11, 6, 13
 BIASED = pytest.mark.parametrize("biased", [False, True], ids=["no-bias", "bias"])
@@ -25,16 +25,16 @@ def parts(biased: bool, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Ten
 
 @BIASED
 @ENTROPY
-@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("tile", [(1, 1), (4, 5), (100, 100)])
 @pytest.mark.parametrize(
     ("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"]
 )
-def test_values_and_gradients_are_those_of_log_softmax(biased, entropy: Entropy, chunk, dtype, close):
+def test_values_and_gradients_are_those_of_log_softmax(biased, entropy: Entropy, tile: Tile, dtype, close):
     outcomes = []
     for fused in (True, False):
         hidden, weight, bias, chosen = parts(biased, dtype)
         if fused:
-            logprobs, found = linear_logprobs(hidden, weight, bias, chosen, 0.7, entropy, chunk)
+            logprobs, found = linear_logprobs(hidden, weight, bias, chosen, 0.7, entropy, tile)
         else:
             logits = torch.nn.functional.linear(hidden, weight, bias)
             logprobs, found = softmax_logprobs(logits, chosen, 0.7, entropy)
@@ -53,10 +53,10 @@ def test_gradients_are_finite_differences(biased):
     leaves = (hidden, weight) if bias is None else (hidden, weight, bias)
 
     def trained(h: Tensor, w: Tensor, b: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return linear_logprobs(h, w, b, chosen, 1.3, "train", 4)
+        return linear_logprobs(h, w, b, chosen, 1.3, "train", (4, 5))
 
     def measured(h: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        return linear_logprobs(h, w, b, chosen, 1.3, "measure", 4)[0]
+        return linear_logprobs(h, w, b, chosen, 1.3, "measure", (4, 5))[0]
 
     assert torch.autograd.gradcheck(trained, leaves)
     assert torch.autograd.gradcheck(measured, leaves)
@@ -117,6 +117,18 @@ def test_likelihoods_far_below_any_float_are_still_exact():
     assert entropy.item() == pytest.approx(0.0, abs=1e-30)
 
 
+@pytest.mark.parametrize("grows", [1, -1], ids=["growing", "falling"])
+def test_logits_that_dwarf_those_of_the_tile_before_lose_nothing(grows):
+    logits = torch.arange(12, dtype=torch.float64)[::grows, None] * 300.0
+    logits[3] = logits[4]  # likely words in two tiles
+    logprobs, entropy = linear_logprobs(
+        torch.ones(12, 1, dtype=torch.float64), logits, None, torch.arange(12), entropy="measure", tile=(5, 4)
+    )
+    expected = torch.distributions.Categorical(logits=logits[:, 0])
+    torch.testing.assert_close(logprobs, expected.logits, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(entropy, expected.entropy().expand(12), atol=1e-12, rtol=1e-12)
+
+
 class Sizes(TorchDispatchMode):
     """The most elements that any tensor made under it has."""
 
@@ -129,13 +141,13 @@ class Sizes(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_has_the_logits_of_all_tokens():
-    tokens, width, words, chunk = 300, 4, 1000, 16
+def test_no_tensor_has_the_logits_of_all_tokens_nor_of_all_words():
+    tokens, width, words, tile = 300, 4, 1000, (16, 320)
     hidden = torch.randn(tokens, width, requires_grad=True)
     weight = torch.randn(words, width, requires_grad=True)
     chosen = torch.randint(words, (tokens,))
     with Sizes() as forward:
-        logprobs, entropy = linear_logprobs(hidden, weight, None, chosen, entropy="train", chunk=chunk)
+        logprobs, entropy = linear_logprobs(hidden, weight, None, chosen, entropy="train", tile=tile)
     with Sizes() as backward:
         (logprobs.sum() + entropy.sum()).backward()
-    assert forward.largest == backward.largest == chunk * words
+    assert forward.largest == backward.largest == 16 * 320

@@ -252,7 +252,8 @@ class Learner:
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         done, own = 0, list(self._passes(mini, acting_B))
         total = sum(len(each.index) for each in own if each.counts)
-        for number, each in enumerate(own, start=1):
+        while own:
+            each = own.pop(0)  # what attention has made for a pass goes with it
             width, device = each.rows.token_ids.shape[1], self.policy.device
             w_BT = weights_BT[each.index, :width].to(device) * each.counts
             cut_scores, cut_targets = self._cut(scores, each.index, width), self._cut(targets, each.index, width)
@@ -260,7 +261,7 @@ class Learner:
                 outputs = self._outputs(each, "train" if algo.trains_entropy else "measure")
                 leaves = cut_off(outputs.said)
                 out = algo.token_loss(leaves, each.rows, cut_scores, cut_targets)
-                self._backward(outputs, leaves, (out.loss * w_BT).sum(), last=number == len(own))
+                self._backward(outputs, leaves, (out.loss * w_BT).sum(), last=not own)
             if each.counts:
                 new_BT[each.index, :width] = leaves.logprobs.detach().to(new_BT)
                 if leaves.logprobs.grad is not None:

@@ -100,6 +100,15 @@ class Packed:
         ]
 
     @cached_property
+    def query_places(self) -> Tensor:
+        """int64, places in U of the queries of all buckets, one after another."""
+        return torch.cat([bucket.query_NQ.flatten() for bucket in self.buckets])
+
+    @cached_property
+    def key_places(self) -> Tensor:
+        return torch.cat([bucket.key_NS.flatten() for bucket in self.buckets])
+
+    @cached_property
     def result_U(self) -> Tensor:
         """Where a token's result is among those of the buckets, one after another."""
         starts = [0, *accumulate(self.layout.queries)]
@@ -175,12 +184,14 @@ def packed_attention(
 def by_buckets(
     query_UHD: Tensor, key_UHD: Tensor, value_UHD: Tensor, packed: Packed, scaling: float | None, window: int | None
 ) -> Tensor:
+    # gathered at once for all buckets: the gradient of each gather is as large as what it gathers from
+    every_query = gathered(query_UHD, packed.query_places).split([b.query_NQ.numel() for b in packed.buckets])
+    every_key, every_value = (
+        gathered(x, packed.key_places).split([b.key_NS.numel() for b in packed.buckets]) for x in (key_UHD, value_UHD)
+    )
     results = []
-    for number, bucket in enumerate(packed.buckets):
-        queries, keys, values = (
-            gathered(x, places.flatten()).unflatten(0, places.shape).transpose(1, 2)
-            for x, places in ((query_UHD, bucket.query_NQ), (key_UHD, bucket.key_NS), (value_UHD, bucket.key_NS))
-        )
+    for number, (bucket, *parts) in enumerate(zip(packed.buckets, every_query, every_key, every_value, strict=True)):
+        queries, keys, values = (part.unflatten(0, (len(bucket.runs), -1)).transpose(1, 2) for part in parts)
         if keys.is_cuda:  # where grouped heads and a mask together have no kernel but the slowest
             groups = queries.shape[1] // keys.shape[1]
             keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)

@@ -6,13 +6,15 @@ term of `saved_by_layer` is a tensor that autograd holds. benchmarks/plan.py com
 
 from __future__ import annotations
 
+import math
+
 from otcrl.plan.job import Job
 from otcrl.plan.shapes import Shape
 from otcrl.plan.states import WEIGHT_BYTES, share, trained_parameters
 
 PRODUCT_BYTES = {"float32": 4, "bfloat16": 2, "autocast": 2}  # of what matrix products read and write
 
-# Bytes per logit of a chunk in the forward pass of otcrl/models/token_logprobs.py: the chunk before is there while the
+# Bytes per logit of a tile in the forward pass of otcrl/models/token_logprobs.py: the tile before is there while the
 # next product is made, in its own type and in float32.
 LOGIT_FORWARD = {"float32": 8, "bfloat16": 10, "autocast": 10}
 
@@ -59,17 +61,19 @@ def cast_weights(parameters: float, precision: str) -> float:
     return 2.0 * parameters if precision == "autocast" else 0.0
 
 
-def head_backward(shape: Shape, precision: str, rows: float, *, on_cpu: bool) -> tuple[float, float]:
+def head_backward(shape: Shape, precision: str, tile: tuple[float, float], *, on_cpu: bool) -> tuple[float, float]:
     """(bytes of logits, bytes of the weight's gradient) where otcrl/models/token_logprobs.py holds most of both.
 
-    In float32 the gradient is summed in place. With 16-bit products either the next chunk is made (the one before in
-    float32 and in 16 bits, the product and its float32 copy), or a chunk's gradient is added: in 16 bits, and cast to
+    In float32 the gradient is summed in place. With 16-bit products either the next tile is made (the one before in
+    float32 and in 16 bits, the product and its float32 copy), or a tile's gradient is added: in 16 bits, and cast to
     float32 where the device cannot add the two types as they are.
     """
-    logits, weight = rows * shape.vocab, shape.head_parameters
+    tokens, words = tile
+    logits, weight = tokens * words, 4.0 * shape.head_parameters
     if precision == "float32":
-        return 8 * logits, 4 * weight
-    return max((12 * logits, 4.0 * weight), (6 * logits, (10 if on_cpu else 6) * weight), key=sum)
+        return 8 * logits, weight
+    added = (6 if on_cpu else 2) * words * shape.width
+    return max((12 * logits, weight), (6 * logits, weight + added), key=sum)
 
 
 def moments(job: Job) -> dict[str, dict[str, float]]:
@@ -80,16 +84,17 @@ def moments(job: Job) -> dict[str, dict[str, float]]:
     kept = saved_by_checkpoint(shape, precision) * tokens if training.checkpointing else layer
     body = shape.layers * kept + saved_once(shape, precision) * tokens
     read = weight * shape.width * job.acting_tokens  # by the head
+    made = math.prod(job.logit_tile) * LOGIT_FORWARD[precision]
     casts = cast_weights(shape.body_parameters, precision)
     kept_casts = 0.0 if training.checkpointing else casts * bodies
     head_cast = cast_weights(shape.head_parameters, precision)
-    logits, gradient = head_backward(shape, precision, job.logit_rows, on_cpu=job.gpu.name == "cpu")
+    logits, gradient = head_backward(shape, precision, job.logit_tile, on_cpu=job.gpu.name == "cpu")
     table = 0.0 if training.lora else float(shape.head_parameters * weight)  # a gradient of its size
     tied = table if shape.tied else 0.0  # the head's waits for the embedding's
     during_layer = shape.layers * kept * bodies + backward_of_layer(shape, precision) * tokens
     again = layer if training.checkpointing else 0.0
     return {
-        "loss": part(body + read, job.logit_rows * shape.vocab * LOGIT_FORWARD[precision], casts + head_cast),
+        "loss": part(body + read, made, casts + head_cast),
         "head backward": part(
             bodies * body + 2 * read, logits, kept_casts + head_cast + (0.0 if training.lora else gradient)
         ),
@@ -132,6 +137,6 @@ def optimizer_working(job: Job) -> float:
 def forward_working(job: Job) -> dict[str, float]:
     """A pass without gradients: one layer's tensors at a time, and the logits."""
     shape, precision, tokens = job.shape, job.training.precision, job.micro_tokens
-    logits = job.logit_rows * shape.vocab * LOGIT_FORWARD[precision]
+    logits = math.prod(job.logit_tile) * LOGIT_FORWARD[precision]
     casts = cast_weights(shape.body_parameters + shape.head_parameters, precision)
     return part(layer_bytes(job) * tokens, logits, casts)

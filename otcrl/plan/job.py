@@ -24,7 +24,7 @@ class Training:
     lora: int  # rank of the adapters; 0: all weights are trained
     checkpointing: bool  # activations inside a layer are computed again in the backward pass
     micro_tokens: int  # tokens per forward pass
-    logit_rows: int  # rows of [vocab] at a time
+    logit_tile: tuple[int, int]  # tokens and words whose logits are there at a time, at most
     reference: bool
     critic: bool
     recompute: bool  # old log-probs by one more forward pass
@@ -148,6 +148,7 @@ class Job:
         return self.micro_tokens * self.rows * work.max_tokens / (work.prompt + self.rows * work.max_tokens)
 
     @property
-    def logit_rows(self) -> float:
-        """Rows of [vocab] at a time."""
-        return min(self.acting_tokens, self.training.logit_rows)
+    def logit_tile(self) -> tuple[float, float]:
+        """Tokens and words whose logits are there at a time."""
+        tokens, words = self.training.logit_tile
+        return min(self.acting_tokens, tokens), min(self.shape.vocab, words)

@@ -141,7 +141,7 @@ def read_training(config: Config, settings: Settings, work: Work) -> Training:
     offload = first(settings.offload, deepspeed.get("offload"), "none")
     offload_params = first(settings.offload_params, deepspeed.get("offload_params"), "none")
     asked = several or zero > 0 or offload != "none" or offload_params != "none"
-    from otcrl.models.token_logprobs import CHUNK
+    from otcrl.models.token_logprobs import TILE
 
     algo = construct(config["algo"], "algo")
     half = model.get("dtype", "float32") != "float32"
@@ -155,7 +155,7 @@ def read_training(config: Config, settings: Settings, work: Work) -> Training:
         lora=first(settings.lora, (learner.get("lora") or {}).get("rank"), 0),
         checkpointing=model.get("gradient_checkpointing", False),
         micro_tokens=learner["micro_tokens"],
-        logit_rows=CHUNK["cpu" if settings.gpu.lower() == "cpu" else "cuda"],
+        logit_tile=TILE["cpu" if settings.gpu.lower() == "cpu" else "cuda"],
         reference=algo.needs_reference,
         critic=algo.needs_critic,
         recompute=learner["old_logprobs"] == "recompute",
