@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from otcrl import cli
+from otcrl import cli, serve
 from otcrl.serve import Address, PythonServer, RetrievalServer
 from tests.test_sandbox import has_bubblewrap
 
@@ -101,7 +102,9 @@ def test_images_have_no_build_tools_but_the_trainer_for_gpus_which_compiles_kern
 
 
 def test_what_the_dockerfile_copies_is_there_and_is_not_ignored():
-    copied = [path for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE, re.MULTILINE) for path in line.split()[:-1]]
+    copied = [
+        path for line in re.findall(r"^COPY (?!--from)(.*)$", DOCKERFILE, re.MULTILINE) for path in line.split()[:-1]
+    ]
     kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     assert copied
     for path in (path.replace("${VARIANT}", variant) for path in copied for variant in ("cpu", "gpu")):
@@ -126,7 +129,9 @@ def setup() -> tuple[list[str], dict[str, list[str]]]:
     names: dict[str, Any] = {}
     keep = [node for node in ast.parse(code).body if isinstance(node, ast.Assign)]
     exec(compile(ast.Module(keep, []), "setup.py", "exec"), names)
-    call = next(node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.keyword) and node.arg == "install_requires")
+    call = next(
+        node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.keyword) and node.arg == "install_requires"
+    )
     return ast.literal_eval(call.value), names["EXTRAS"]
 
 
@@ -165,14 +170,14 @@ def test_every_package_of_a_lock_has_hashes():
 
 
 ONLY = """
-import sys
+import re, sys
 from importlib import metadata
 allowed = set(sys.argv.pop(1).split(",")) | {"otcrl"}
 by_module = metadata.packages_distributions()
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        owners = {owner.lower().replace("_", "-").replace(".", "-") for owner in by_module.get(name.partition(".")[0], ())}
+        owners = {re.sub("[-_.]+", "-", owner).lower() for owner in by_module.get(name.partition(".")[0], ())}
         if owners and not owners & allowed:
             raise ModuleNotFoundError(f"No module named {name!r}: {owners}", name=name)
 
@@ -185,7 +190,10 @@ sys.exit(main(sys.argv[1:]))
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("index") / "tiny"
-    assert cli.main(["index", "build", f"corpus={ROOT}/tests/data/tiny_qa/corpus.jsonl", f"out={out}", "encoder=hashing"]) == 0
+    assert (
+        cli.main(["index", "build", f"corpus={ROOT}/tests/data/tiny_qa/corpus.jsonl", f"out={out}", "encoder=hashing"])
+        == 0
+    )
     return out
 
 
@@ -200,7 +208,9 @@ def test_a_server_needs_no_package_that_its_image_does_not_have(name: str, index
         "python": ("/run_code", {"language": "python", "code": "import sympy; print(sympy.factorint(12))"}),
         "retrieval": ("/search", {"queries": ["a river"], "topk": 1}),
     }[name]
-    with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OTCRL_TOKEN": ""}, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OTCRL_TOKEN": ""}, stdout=subprocess.PIPE, text=True
+    ) as server:
         try:
             assert server.stdout is not None
             url = server.stdout.readline().split()[4]
@@ -257,7 +267,8 @@ def test_every_command_is_one_that_otcrl_understands(words: list[str], monkeypat
         started.append(self)
 
     monkeypatch.setenv("OTCRL_TOKEN", "s3cret")
-    monkeypatch.setattr(Address, "listen", lambda self: open(os.devnull))
+    monkeypatch.setattr(Address, "listen", lambda self: nullcontext(self))
+    monkeypatch.setattr(serve, "closing", lambda listener: listener)
     for server in (PythonServer, RetrievalServer):
         monkeypatch.setattr(server, "run", run)
     words = ["conf=quickstart" if word == "conf=/config/mine.yaml" else word for word in words]
@@ -432,6 +443,8 @@ def test_a_slurm_job_that_is_told_to_end_saves_and_is_queued_again(tmp_path: Pat
 def test_a_slurm_job_whose_ranks_crash_fails_and_is_not_queued_again(tmp_path: Path):
     environment = programs(tmp_path, torchrun=TORCHRUN, **SLURM)
     environment |= {"RANKS": "crash", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "x"}
-    done = subprocess.run(["bash", DOCKER / "slurm/train.sbatch"], cwd=tmp_path, env=environment, timeout=30, check=False)
+    done = subprocess.run(
+        ["bash", DOCKER / "slurm/train.sbatch"], cwd=tmp_path, env=environment, timeout=30, check=False
+    )
     assert done.returncode == 3
     assert not (tmp_path / "requeued").exists()
