@@ -26,7 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from otcrl.errors import ConfigError, nearest
 from otcrl.presets import conf_dir, groups, options, shipped
 
-OmegaConf.register_new_resolver("shipped", lambda name: str(shipped(name)), replace=True)  # ${shipped:tiny_qa/train.jsonl}
+OmegaConf.register_new_resolver(
+    "shipped", lambda name: str(shipped(name)), replace=True
+)  # ${shipped:tiny_qa/train.jsonl}
 
 ENGINE = re.compile(r"^rollout\.engine(?=[.=])")  # where many look for it
 REFUSED: dict[str, str] = dict.fromkeys(
@@ -152,18 +154,18 @@ def fitting(preset: Config, chosen: Mapping[str, str], search: Sequence[Path]) -
     fit = dict(preset)
     for group in groups():
         keys = keys_of(group, chosen.get(group), search)
-        if keys and isinstance(preset.get(group), dict):
+        if keys is not None and isinstance(preset.get(group), dict):
             fit[group] = {key: value for key, value in preset[group].items() if key in keys}
     return fit
 
 
-def keys_of(group: str, choice: str | None, search: Sequence[Path]) -> set[str]:
-    """The settings of a choice of a group, those of the files that it is based on included; none if there is no file."""
+def keys_of(group: str, choice: str | None, search: Sequence[Path]) -> set[str] | None:
+    """The settings of a choice of a group, those of the files that it is based on included; None if there is no file."""
     path = next((path for root in search if (path := root / group / f"{choice}.yaml").is_file()), None)
     if path is None:
-        return set()
+        return None
     content = load(path)
-    return content.keys() | {key for base in defaults(content)[0] for key in keys_of(group, base, search)}
+    return {*content, *(key for base in defaults(content)[0] for key in keys_of(group, base, search) or ())}
 
 
 def saved(run: Path, overridden: Collection[str]) -> Config:

@@ -43,7 +43,9 @@ class QuestionAnswering:
         "words"  # words: Search-R1's exact match | math: the same mathematical object, by math-verify
     )
     seed: int = 0
-    traces: Sequence[str] = ()  # files or hub data sets of whole solutions with programs; the demonstrations, if there are any
+    traces: Sequence[
+        str
+    ] = ()  # files or hub data sets of whole solutions with programs; the demonstrations, if there are any
     corpus: Sequence[str] = ()  # files {id, title, text} that `gold_ids` point into; for demonstrations only
     demo_direct: float = 0.0  # share of demonstrations that answer without a call
     demo_extra: float = 0.0  # share of demonstrations with one redundant call
