@@ -160,7 +160,7 @@ def fitting(preset: Config, chosen: Mapping[str, str], search: Sequence[Path]) -
 
 
 def keys_of(group: str, choice: str | None, search: Sequence[Path]) -> set[str] | None:
-    """The settings of a choice of a group, those of the files that it is based on included; None if there is no file."""
+    """The settings of a choice of a group, with those of the files that it is based on; None if there is no file."""
     path = next((path for root in search if (path := root / group / f"{choice}.yaml").is_file()), None)
     if path is None:
         return None

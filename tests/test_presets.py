@@ -38,7 +38,7 @@ def command(preset: Preset) -> str:
 # -- published values -------------------------------------------------------------------------------------
 
 Values = Mapping[str, object]
-SEARCH: Values = {  # arXiv:2503.09516 App. B.2 and scripts/nq_hotpotqa/v0.2 (facts 4.3, 4.6); OTC re-uses them (facts 2)
+SEARCH: Values = {  # arXiv:2503.09516 App. B.2 and scripts/nq_hotpotqa/v0.2 (FACTS 4.3, 4.6); OTC has the same (FACTS 2)
     "model.path": "Qwen/Qwen2.5-3B",
     "task.train": ["PeterJinGo/nq_hotpotqa_train:train"],
     "task.in_domain": ["nq", "hotpotqa"],
@@ -72,8 +72,8 @@ PPO: Values = {
     "learner.critic_optimizer.warmup_steps": round(0.015 * 1005),
 }
 FORMAT: Values = {"reward.structure": 0.2, "reward.final": 0.1, "reward.retrieval": 0.0}  # facts 4.5
-OTC: Values = {"reward.alpha": 1.0, "reward.combine": "product", "reward.format_weight": 0.0}  # Sec. 4.1 (facts 1.4)
-CODE: Values = {  # scripts/torl_1.5b.sh (facts 5.6), with C = 3 of OTC (facts 2)
+OTC: Values = {"reward.alpha": 1.0, "reward.combine": "product", "reward.format_weight": 0.0}  # Sec. 4.1 (FACTS 1.4)
+CODE: Values = {  # scripts/torl_1.5b.sh (FACTS 5.6), with C = 3 of OTC (FACTS 2)
     "model.path": "Qwen/Qwen2.5-Math-1.5B",
     "model.chat": False,
     "task.match": "math",
@@ -89,7 +89,7 @@ CODE: Values = {  # scripts/torl_1.5b.sh (facts 5.6), with C = 3 of OTC (facts 2
     "algo.kl_coef": 0.0,
     "algo.entropy_coef": 0.0,
 }
-TOOLRL: Values = {  # examples/grpo_trainer/run_grpo.sh (facts 7)
+TOOLRL: Values = {  # examples/grpo_trainer/run_grpo.sh (FACTS 7)
     "loop.problems_per_step": 512,
     "loop.steps": 3920 // 512 * 15,
     "rollout.temperature": 1.0,
@@ -97,7 +97,7 @@ TOOLRL: Values = {  # examples/grpo_trainer/run_grpo.sh (facts 7)
     "reward.matching": "greedy",
     "reward.most": 3.0,
 }
-INSTRUCT: Values = {"model.path": "Qwen/Qwen2.5-3B-Instruct"}  # arXiv:2503.09516 Sec. 4.3 (facts 4.9)
+INSTRUCT: Values = {"model.path": "Qwen/Qwen2.5-3B-Instruct"}  # arXiv:2503.09516 Sec. 4.3 (FACTS 4.9)
 PUBLISHED: dict[str, Values] = {
     "search_r1_grpo": SEARCH | GRPO | {"reward.require_well_formed": False},
     "search_r1_grpo_format": SEARCH | GRPO | FORMAT | {"learner.policy_optimizer.lr": 5e-7},
@@ -120,7 +120,7 @@ PUBLISHED: dict[str, Values] = {
     "r1_base_code": {**CODE, "rollout.limits.max_calls": 0, "tools": {}},
     "cot_code": {"model.path": "Qwen/Qwen2.5-Math-1.5B-Instruct", "tools": {}},
     "tir_code": {"model.path": "Qwen/Qwen2.5-Math-1.5B-Instruct", "rollout.limits.max_calls": 3},
-    "retool": {  # arXiv:2504.11536 Sec. 2.2, 2.3, 3.1 (facts 6)
+    "retool": {  # arXiv:2504.11536 Sec. 2.2, 2.3, 3.1 (FACTS 6)
         "model.path": "Qwen/Qwen2.5-32B-Instruct",
         "task.train": ["BytedTsinghua-SIA/DAPO-Math-17k:train"],
         "task.traces": ["JoeYing/ReTool-SFT:train"],
@@ -132,14 +132,11 @@ PUBLISHED: dict[str, Values] = {
         "reward.error_penalty": 0.0,
     },
     "toolrl_grpo": TOOLRL
-    | {"rollout.group_size": 4, "learner.minibatch_size": 128 * 4, "rollout.limits.max_tokens": 1024, "algo.kl_coef": 0.0},
+    | {"rollout.group_size": 4, "learner.minibatch_size": 128 * 4, "rollout.limits.max_tokens": 1024}
+    | {"algo.kl_coef": 0.0, "algo.clip_low": 0.2},
     "toolrl_ppo": TOOLRL
-    | {
-        "rollout.group_size": 1,
-        "learner.minibatch_size": 128,
-        "rollout.limits.max_tokens": 512,
-        "learner.critic_optimizer.lr": 1e-5,
-    },
+    | {"rollout.group_size": 1, "learner.minibatch_size": 128, "rollout.limits.max_tokens": 512}
+    | {"learner.critic_optimizer.lr": 1e-5, "algo.kl_reward_coef": 0.001},
 }  # fmt: skip
 
 
@@ -293,11 +290,11 @@ REFUSED = {
     "conf=otc_grpo_serch": "conf=otc_grpo_serch: there is no such preset. Did you mean 'otc_grpo_search'?",
     "conf=otc_grpo_search scale=smal": "scale=smal: there is no such yaml. Did you mean 'small'?",
     "conf=otc_ppo_search algo=grpo rollout.group_size=1": "rollout.group_size is 1, and GRPO compares trajectories",
-    "conf=otc_ppo_search reward=otc_grpo reward.scope=local rollout.group_size=1": "rollout.group_size is 1, and OTCReward",
+    "conf=otc_ppo_search reward=otc_grpo reward.scope=local rollout.group_size=1": "group_size is 1, and OTCReward",
     "conf=otc_grpo_search dialect=retool": "dialect: dialect.tool: <code> runs 'python', which is no tool.",
     "conf=otc_grpo_search dialect=toolrl": "the task is not about calls to imitate: use dialect.calls=run",
     "conf=toolrl_grpo dialect=otc": "the task compares a whole turn: use dialect=toolrl",
-    "conf=otc_grpo_code dialect=hermes model.chat=false": "shows functions by its chat template only: set model.chat=true",
+    "conf=otc_grpo_code dialect=hermes model.chat=false": "functions by its chat template only: set model.chat=true",
     "conf=rag tools=none": "dialect: dialect.tool is 'search', which is not in tools.",
     "conf=toolrl_grpo reward.granularity=corse": "reward.granularity must be 'fine' or 'refined' or 'intermediate' or ",
     "conf=toolrl_grpo reward.most=0": "reward: most must be above 0, got 0.0",

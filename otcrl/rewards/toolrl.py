@@ -50,7 +50,8 @@ def correctness_score(
     refined: the same, but r_name and r_param are 1 or 0: all names, or all keys, or nothing
     intermediate: R_max = r_name + the number of gold calls that were made as they are,  S_max = 1 + |G|
     coarse: all calls as they are, in their order, or nothing
-    (REFINEDREWARD, INTERMEDIATEREWARD and COARSEREWARD of the code.) A block that is missing, or holds a line that is no call: -3. Raises DataError when the gold block is such.
+    (REFINEDREWARD, INTERMEDIATEREWARD and COARSEREWARD of the original code.) A block that is missing, or holds a line
+    that is no call: -3. Raises DataError when the gold block is such.
     """
     if "<tool_call>" not in gold:
         return 0.0
