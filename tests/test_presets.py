@@ -38,7 +38,7 @@ def command(preset: Preset) -> str:
 # -- published values -------------------------------------------------------------------------------------
 
 Values = Mapping[str, object]
-SEARCH: Values = {  # arXiv:2503.09516 App. B.2 and scripts/nq_hotpotqa/v0.2 (FACTS 4.3, 4.6); OTC has the same (FACTS 2)
+SEARCH: Values = {  # arXiv:2503.09516 App. B.2 and scripts/nq_hotpotqa/v0.2 (FACTS 4.3, 4.6), re-used by OTC (FACTS 2)
     "model.path": "Qwen/Qwen2.5-3B",
     "task.train": ["PeterJinGo/nq_hotpotqa_train:train"],
     "task.in_domain": ["nq", "hotpotqa"],

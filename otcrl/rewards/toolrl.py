@@ -133,7 +133,7 @@ def optimal(similarity_GP: Similarity) -> float:
 def scales(schedule: Schedule, step: int, most: float) -> tuple[float, float, float]:
     """(format unmet, format met, most for correctness) at a step.
 
-    two_stage (MAX1STEP30MAX3): 30 steps with a third of the correctness, then with half of the format
+    two_stage (MAX1STEP30MAX3): 30 steps with a third of correctness, then all of it and half of the format
     smooth (SCHEDULEREWARD): in 150 steps format goes from 2 to 1 and correctness from 2 to its most
     """
     if schedule == "two_stage":
