@@ -51,7 +51,11 @@ setup(
     # conf/ stays beside the package in a checkout, where people read it, and travels as otcrl/conf in a wheel.
     packages=[*find_packages(include=["otcrl", "otcrl.*"]), "otcrl.conf"],
     package_dir={"otcrl.conf": "conf"},
-    package_data={"otcrl.conf": ["*.yaml", "*/*.yaml"], "otcrl.report": ["web/*", "web/vendor/*"]},
+    package_data={
+        "otcrl": ["small/*/*.jsonl"],
+        "otcrl.conf": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
+        "otcrl.report": ["web/*", "web/vendor/*"],
+    },
     install_requires=[
         "numpy>=1.26",
         "torch>=2.6",

@@ -5,6 +5,7 @@ evaluation meets the optimum nearly always; what tells systems apart is how fast
 
     python benchmarks/algorithms.py --seeds 0 1 2 --systems grpo grpo_no_std grpo_std_floor grpo_keep_sign
     python benchmarks/algorithms.py
+    python benchmarks/algorithms.py --runs runs/longer --settings loop.steps=150 --systems grpo grpo_no_std
 """
 
 from __future__ import annotations
@@ -40,16 +41,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument("--runs", type=Path, default=Path("runs/algorithms"))
+    parser.add_argument("--settings", nargs="*", default=[], help="of every run; with others take other --runs")
     options = parser.parse_args()
 
     rows: list[Row] = []
     for seed in options.seeds:
-        train(options.runs / f"grpo-{seed}", seed, [])  # every system starts from its cold start
+        train(options.runs / f"grpo-{seed}", seed, options.settings)  # every system starts from its cold start
         start = ["model=pretrained", f"model.path={options.runs}/grpo-{seed}/sft", "model.chat=false", "sft.steps=0"]
         for system in options.systems:
             folder = options.runs / f"{system}-{seed}"
             overrides = [] if system == "grpo" else [*SYSTEMS[system], *start, "evaluate.before=false"]
-            rows.append(row(system, seed, train(folder, seed, overrides), metrics(folder)))
+            summary = train(folder, seed, [*options.settings, *overrides])
+            rows.append(row(system, seed, summary, metrics(folder)))
     name = "algorithms" if len(options.systems) == len(SYSTEMS) else "remedies"
     publish(name, [*rows, *means(rows, options.systems)] if len(options.seeds) > 1 else rows, {})
 
@@ -67,8 +70,8 @@ def row(system: str, seed: int | str, summary: dict, steps: list[dict[str, float
         "seed": seed,
         "sign reversals, steps 0-9": fmean(step["reward/sign_reversals"] for step in steps[:10]),
         "sign reversals, all": fmean(step["reward/sign_reversals"] for step in steps),
-        "TC/optimum, steps 5-9": fmean(calls[5:10]),
-        "TC/optimum, steps 10-19": fmean(calls[10:20]),
+        "TC/optimum, steps 5-9": fmean(calls[5:10]) if calls[5:] else None,
+        "TC/optimum, steps 10-19": fmean(calls[10:20]) if calls[10:] else None,
         "TC/optimum, last 10": fmean(calls[-10:]),
         "step of TC <= 1.1": reached,
         "right, last 10": fmean(step["reward/correct"] for step in steps[-10:]),

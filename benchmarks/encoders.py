@@ -32,7 +32,7 @@ from transformers import AutoModel, AutoTokenizer
 from otcrl.tools.retrieval.corpus import Corpus
 from otcrl.tools.retrieval.encode import TransformerEncoder, Vectors, chosen_device, normalised, pool, resolve_model
 
-SHIPPED = Path(__file__).parents[1] / "tests" / "data" / "tiny_qa" / "corpus.jsonl"  # 40 passages, repeated
+SHIPPED = Path(__file__).parents[1] / "otcrl" / "small" / "tiny_qa" / "corpus.jsonl"  # 40 passages, repeated
 MODEL, BATCH, ROUNDS = "all-MiniLM-L6-v2", 32, 6
 Encode = Callable[[Sequence[str]], Vectors]
 

@@ -35,7 +35,7 @@ from otcrl.train import rollout_metrics
 from otcrl.types import Problem, pack
 
 TURN, OBSERVATION, CALLS, GROUP = 100, 250, 3, 8  # tokens, tokens, calls, trajectories
-PASSAGES = Path(__file__).parents[1] / "tests/data/tiny_qa/corpus.jsonl"
+PASSAGES = Path(__file__).parents[1] / "otcrl/small/tiny_qa/corpus.jsonl"
 PLAN = (  # the same step of the paper's smallest search model on one H100, all its trajectories in flight
     *("conf=smollm2_search", "engine=vllm", "model=Qwen/Qwen2.5-3B-Instruct", "model.dtype=bfloat16", "gpu=h100-80gb"),
     *("loop.problems_per_step=64", f"rollout.group_size={GROUP}", "rollout.concurrency=512", "calls=3", "tool_s=0"),

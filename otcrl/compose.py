@@ -24,7 +24,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from otcrl.errors import ConfigError, nearest
-from otcrl.presets import conf_dir, groups, options
+from otcrl.presets import conf_dir, groups, options, shipped
+
+OmegaConf.register_new_resolver(
+    "shipped", lambda name: str(shipped(name)), replace=True
+)  # ${shipped:tiny_qa/train.jsonl}
 
 ENGINE = re.compile(r"^rollout\.engine(?=[.=])")  # where many look for it
 REFUSED: dict[str, str] = dict.fromkeys(
@@ -111,14 +115,35 @@ def staged(preset: Path | None, run: Path | None, chosen: Mapping[str, str]) -> 
         stage = Path(directory)
         if preset:
             search.append(preset.parent.parent if preset.parent.name == "experiment" else preset.parent)
-            content = fitting(load(preset), chosen, search)  # a syntax error names the user's file, not our copy of it
             stage.joinpath("experiment").mkdir()
-            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-            stage.joinpath("experiment/chosen.yaml").write_text("# @package _global_\n" + text)
+            stage_preset(preset, stage / "experiment/chosen.yaml", chosen, search)
             primary["defaults"][primary["defaults"].index({"experiment": None})] = {"experiment": "chosen"}
         primary["hydra"] = {"searchpath": [path.as_uri() for path in search]}
         stage.joinpath("config.yaml").write_text(yaml.safe_dump(primary, sort_keys=False))
         yield stage
+
+
+def stage_preset(preset: Path, copy: Path, chosen: Mapping[str, str], search: Sequence[Path]) -> None:
+    """A copy of the preset for Hydra, and of the presets that it is based on (`defaults: [search_r1_grpo, ...]`).
+
+    `chosen` holds the choices of whoever comes later: the command line, and a preset for those that it is based on.
+    """
+    content = load(preset)  # a syntax error names the user's file, not our copy of it
+    text = yaml.safe_dump(fitting(content, chosen, search), sort_keys=False, allow_unicode=True)
+    copy.write_text("# @package _global_\n" + text)
+    bases, choices = defaults(content)
+    for base in bases:
+        files = [root / "experiment" / f"{base}.yaml" for root in search]
+        if path := next((path for path in files if path.is_file()), None):
+            stage_preset(path, copy.with_name(path.name), choices | chosen, search)
+
+
+def defaults(content: Config) -> tuple[list[str], dict[str, str]]:
+    """The files that a yaml is based on, and its choices of groups."""
+    entries = content.get("defaults") or []
+    bases = [entry for entry in entries if isinstance(entry, str) and entry != "_self_"]
+    pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
+    return bases, {key.removeprefix("override /"): str(choice) for key, choice in pairs}
 
 
 def fitting(preset: Config, chosen: Mapping[str, str], search: Sequence[Path]) -> Config:
@@ -128,11 +153,19 @@ def fitting(preset: Config, chosen: Mapping[str, str], search: Sequence[Path]) -
     """
     fit = dict(preset)
     for group in groups():
-        files = [root / group / f"{chosen.get(group)}.yaml" for root in search]
-        keys = next((load(path).keys() for path in files if path.is_file()), None)
+        keys = keys_of(group, chosen.get(group), search)
         if keys is not None and isinstance(preset.get(group), dict):
             fit[group] = {key: value for key, value in preset[group].items() if key in keys}
     return fit
+
+
+def keys_of(group: str, choice: str | None, search: Sequence[Path]) -> set[str] | None:
+    """The settings of a choice of a group, with those of the files that it is based on; None if there is no file."""
+    path = next((path for root in search if (path := root / group / f"{choice}.yaml").is_file()), None)
+    if path is None:
+        return None
+    content = load(path)
+    return {*content, *(key for base in defaults(content)[0] for key in keys_of(group, base, search) or ())}
 
 
 def saved(run: Path, overridden: Collection[str]) -> Config:

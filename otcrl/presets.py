@@ -25,6 +25,11 @@ def conf_dir() -> Path:
     return shipped if shipped.is_dir() else package.parent / "conf"
 
 
+def shipped(name: str) -> Path:
+    """A file of the small data that otcrl has with it, e.g. tiny_qa/train.jsonl."""
+    return Path(__file__).parent / "small" / name
+
+
 def options(group: str, root: Path | None = None) -> list[str]:
     """The choices of a group, e.g. `algo` -> ["grpo", "ppo"]; [] if it is no group."""
     return sorted(path.stem for path in (root or conf_dir()).joinpath(group).glob("*.yaml"))

@@ -22,6 +22,7 @@ from pyarrow import feather, parquet
 
 from otcrl.cli import main
 from otcrl.errors import ConfigError, DataError
+from otcrl.presets import shipped
 from otcrl.tools.retrieval import quality
 from otcrl.tools.retrieval.build import Bm25, Recipe, adopt, build_index, derive
 from otcrl.tools.retrieval.corpus import Corpus, Passage
@@ -545,7 +546,7 @@ def test_a_gold_passage_that_is_not_there_is_named(tmp_path: Path):
         quality.measure(index, [quality.Question("who", frozenset(["p9999"]))])
 
 
-SHIPPED = Path(__file__).parent / "data" / "tiny_qa"
+SHIPPED = shipped("tiny_qa")
 
 
 @pytest.mark.parametrize(

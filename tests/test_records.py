@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from otcrl.errors import ConfigError, DataError
+from otcrl.presets import shipped
 from otcrl.tasks.records import check_unique, given_name, read_problems, read_rows, shuffled_epochs, source_and_split
 
-TINY = Path(__file__).parent / "data" / "tiny_qa"
+TINY = shipped("tiny_qa")
 ROWS = [{"id": "a", "question": "1 + 1?", "answers": ["2", "two"]}, {"id": "b", "question": "2 + 2?", "answers": ["4"]}]
 SEARCH_R1_PROMPT = "Answer the given question. For example, <answer> Beijing </answer>. Question: who wrote hamlet?\n"
 SEARCH_R1_ROW = {

@@ -14,6 +14,7 @@ from otcrl.construct import construct
 from otcrl.dialects.search_r1 import SearchR1
 from otcrl.dialects.torl import ToRL
 from otcrl.errors import ConfigError, DataError
+from otcrl.presets import shipped
 from otcrl.protocols import Call, Demo, Dialect, Task, Tool, ToolResult
 from otcrl.rewards.matching import mentions
 from otcrl.tasks.arithmetic import Arithmetic, Kind, evaluate
@@ -21,7 +22,7 @@ from otcrl.tasks.question_answering import Passage, QuestionAnswering, reading_o
 from otcrl.types import Problem
 
 CONF = Path(__file__).parents[1] / "conf"
-TINY = Path(__file__).parent / "data" / "tiny_qa"
+TINY = shipped("tiny_qa")
 TAGS = SearchR1(
     instructions="Question: {question}\n",
     observation_template="\n<information>{result}</information>\n",

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otcrl.errors import DataError
-from otcrl.rewards.toolrl import ToolRLReward, correctness_score, format_score, greedy, optimal
+from otcrl.rewards.toolrl import Length, ToolRLReward, correctness_score, format_score, greedy, optimal, scales
 from tests.make import problem, trajectory
 
 Call = dict
@@ -150,6 +150,55 @@ def test_a_reward_is_format_and_correctness_of_the_completion(matching):
     group = [trajectory(of=of, answer=""), trajectory(of=of, right=False), trajectory(of=of, answer=None)]
     assert [r.value for r in reward([group])[0]] == [4, -3, -3]
     assert not reward.needs_groups
+
+
+# -- its variants ---------------------------------------------------------------------------------------------
+
+
+@given(st.lists(calls, min_size=1, max_size=3), st.lists(calls, min_size=1, max_size=3))
+@settings(max_examples=200, deadline=None)
+def test_coarser_correctness_is_the_original_codes(gold, predicted):
+    texts = completion(*predicted), completion(*gold)
+    same = [sorted(g["name"] for g in each) for each in (gold, predicted)]
+    exact, left = 0, [*predicted]
+    for g in gold:
+        if g in left:
+            left.remove(g)
+            exact += 1
+    names = jaccard([g["name"] for g in gold], [p["name"] for p in predicted])
+    assert correctness_score(*texts, greedy, "coarse") == (3 if gold == predicted else -3)
+    assert correctness_score(*texts, greedy, "intermediate") == pytest.approx(6 * (names + exact) / (1 + len(gold)) - 3)
+    assert correctness_score(*texts, greedy, "refined") <= correctness_score(*texts, optimal) + 1e-9
+    if same[0] != same[1]:
+        assert correctness_score(*texts, greedy, "refined") < 3
+
+
+def test_refined_correctness_pays_for_all_keys_or_none():
+    gold, made = [call("f", a=1, b=2)], [call("f", a=1)]
+    assert correctness_score(completion(*made), completion(*gold), greedy, "refined") == pytest.approx(6 * 2 / 4 - 3)
+    assert correctness_score(completion(*made), completion(*gold), greedy) == pytest.approx(6 * 2.5 / 4 - 3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "found"),
+    [
+        ("none", 500, (0, 1, 3)),
+        ("two_stage", 29, (0, 1, 1)), ("two_stage", 30, (0, 0.5, 3)),
+        ("smooth", 0, (-2, 2, 2)), ("smooth", 75, (-1, 1.5, 2.5)), ("smooth", 150, (-1, 1, 3)),
+        ("smooth", 900, (-1, 1, 3)),
+    ],
+)  # fmt: skip
+def test_a_schedule_moves_what_format_and_correctness_are_worth(schedule, step, found):
+    assert scales(schedule, step, 3.0) == pytest.approx(found)
+
+
+def test_longer_thoughts_earn_up_to_one_more():
+    length, text = Length(first=4, last=8, steps=10), completion(call("f"), think="one two three four")
+    assert [length.score(text, step) for step in (0, 5, 10, 99)] == pytest.approx([1, 4 / 6, 0.5, 0.5])
+    assert Length().score(text, 0) == length.score("no thought", 0) == 0
+    reward = ToolRLReward(matching="greedy", most=1.0, length=Length(first=1, last=1))
+    of = problem(answer=CALL)
+    assert [r.value for r in reward([[trajectory(of=of), trajectory(of=of, right=False)]])[0]] == [3, -1]
 
 
 def test_every_published_gold_completion_earns_all_there_is(shared: Path):

@@ -1,6 +1,6 @@
-"""Questions with short answers, checked by exact match, and demonstrations of searching for them.
+"""Questions with short answers, checked by exact match, and demonstrations: of traces, or of searching.
 
-A demonstration needs no search engine: its observations hold the gold passages that the data set names
+A demonstration of searching needs no search engine: its observations hold the gold passages that the data set names
 among random others, so what it teaches is the form of a search and how to read one, not what to remember.
 """
 
@@ -16,9 +16,10 @@ from otcrl.errors import ConfigError, DataError, nearest
 from otcrl.protocols import Demo, Dialect, Segment, Tool
 from otcrl.rewards.matching import exact_match, math_equal, mentions
 from otcrl.tasks.records import check_unique, read_problems, read_rows, shuffled_epochs
+from otcrl.tasks.traces import Trace, demonstrate, read_traces
 from otcrl.types import Problem
 
-SEARCH = "search"  # the tool that demonstrations call
+SEARCH, PYTHON = "search", "python"  # the tools that demonstrations call
 MATCHES = {"words": exact_match, "math": lambda answer, answers: max(math_equal(answer, gold) for gold in answers)}
 
 
@@ -42,6 +43,9 @@ class QuestionAnswering:
         "words"  # words: Search-R1's exact match | math: the same mathematical object, by math-verify
     )
     seed: int = 0
+    traces: Sequence[
+        str
+    ] = ()  # files or hub data sets of whole solutions with programs; the demonstrations, if there are any
     corpus: Sequence[str] = ()  # files {id, title, text} that `gold_ids` point into; for demonstrations only
     demo_direct: float = 0.0  # share of demonstrations that answer without a call
     demo_extra: float = 0.0  # share of demonstrations with one redundant call
@@ -102,15 +106,17 @@ class QuestionAnswering:
     # -- demonstrations ------------------------------------------------------------------------------
 
     def demonstrations(self, step: int, count: int, dialect: Dialect) -> list[Demo]:
-        """Traces that look up each gold passage by its title and then answer.
+        """The `traces`; or searches for each gold passage by its title, and then the answer.
 
-        Raises ConfigError when no training problem has `gold_ids`, or there is no search tool;
-        DataError when a gold id is not in the corpus.
+        Raises ConfigError when no training problem has `gold_ids` or there is no tool, though demonstrations are to
+        search; DataError when a gold id is not in the corpus.
         """
-        if SEARCH not in self.tools:
-            raise ConfigError(
-                f"demonstrations call {SEARCH!r}, which is not in tools: {', '.join(self.tools) or 'none'}"
-            )
+        if self.traces:
+            chosen = shuffled_epochs(len(self._solved), step * count, count, f"{self.seed}/demonstrations")
+            self._check_tool(PYTHON)
+            return [demonstrate(self._solved[i], PYTHON, dialect, self.tools) for i in chosen]
+        if self.demo_direct < 1:
+            self._check_tool(SEARCH)
         if not self._demonstrable:
             raise ConfigError("demonstrations need training rows with a `gold_ids` column, and task.train has none")
         chosen = shuffled_epochs(len(self._demonstrable), step * count, count, f"{self.seed}/demonstrations")
@@ -119,9 +125,17 @@ class QuestionAnswering:
             for k, i in enumerate(chosen)
         ]
 
+    def _check_tool(self, name: str) -> None:
+        if name not in self.tools:
+            raise ConfigError(f"demonstrations call {name!r}, which is not in tools: {', '.join(self.tools) or 'none'}")
+
+    @cached_property
+    def _solved(self) -> list[Trace]:
+        return [trace for source in self.traces for trace in read_traces(source, self.skip_bad_rows)]
+
     @cached_property
     def _demonstrable(self) -> list[Problem]:
-        return [problem for problem in self._train if problem.meta.get("gold_ids")]
+        return [problem for problem in self._train if self.demo_direct == 1 or problem.meta.get("gold_ids")]
 
     @cached_property
     def passages(self) -> dict[str, Passage]:
