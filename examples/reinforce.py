@@ -40,4 +40,6 @@ class Reinforce:
 
     def token_loss(self, new: Forward, batch: Batch, scores: Scores, targets: Targets) -> TokenLoss:
         policy_BT = -targets.advantages * new.logprobs
-        return TokenLoss(policy_BT - self.entropy_coef * new.entropy, {"policy_loss": policy_BT, "entropy": new.entropy})
+        return TokenLoss(
+            policy_BT - self.entropy_coef * new.entropy, {"policy_loss": policy_BT, "entropy": new.entropy}
+        )

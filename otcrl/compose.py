@@ -123,7 +123,7 @@ def staged(preset: Path | None, run: Path | None, chosen: Mapping[str, str]) -> 
 
 
 def check_own(chosen: Mapping[str, str], search: Sequence[Path]) -> None:
-    """Raises ConfigError for a choice that a user's yaml and one of otcrl's are both called: neither must win unsaid."""
+    """Raises ConfigError for the name of a user's yaml that one of otcrl's has too: neither must win unsaid."""
     shipped = conf_dir().resolve()
     for group in chosen.keys() & groups():
         for root in search:

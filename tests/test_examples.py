@@ -96,7 +96,9 @@ def test_an_example_trains(name: str, tmp_path: Path):
 
 def test_the_command_works_as_it_is_written_in_a_folder_of_ones_own(tmp_path: Path):
     (tmp_path / "reward").mkdir()
-    (tmp_path / "reward/mine.yaml").write_text(yaml.safe_dump(yaml_of(EXAMPLES / "linear.py")).replace("linear.", "own."))
+    (tmp_path / "reward/mine.yaml").write_text(
+        yaml.safe_dump(yaml_of(EXAMPLES / "linear.py")).replace("linear.", "own.")
+    )
     (tmp_path / "own.py").write_text((EXAMPLES / "linear.py").read_text())
     done = subprocess.run(
         [sys.executable, "-m", "otcrl", "train", "conf=quickstart", "reward=mine", *SMALL, "~tools.python"],

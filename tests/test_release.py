@@ -74,7 +74,14 @@ def test_wheel_and_sdist_hold_what_they_should_and_nothing_else(dist: Path):
     assert any(name.endswith("licenses/LICENSE") for name in inside)
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"Makefile", "setup.py", "conf/config.yaml", "tests/tiny.py", "docs/start.md", "examples/linear.py"} <= packed
+    assert {
+        "Makefile",
+        "setup.py",
+        "conf/config.yaml",
+        "tests/tiny.py",
+        "docs/start.md",
+        "examples/linear.py",
+    } <= packed
     assert {"CHANGELOG.md", "CITATION.cff", "constraints/cpu.txt", "mkdocs.yml", "docs/images/otc-reward.svg"} <= packed
 
 
@@ -93,7 +100,9 @@ def test_the_wheel_trains_in_an_empty_directory(dist: Path, tmp_path: Path):
     venv.create(tmp_path / "env", system_site_packages=True, with_pip=False)
     python = tmp_path / "env/bin/python"
     libraries = {path for path in sys.path if path.endswith("site-packages")}
-    here = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).stdout.strip())
+    here = Path(
+        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).stdout.strip()
+    )
     target = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--no-index", "--target", here]
     done = run(*target, next(dist.glob("*.whl")), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
