@@ -1,4 +1,4 @@
-"""The documentation: every link leads somewhere, on GitHub and on the site, and what people are told to type is right."""
+"""The documentation: links lead somewhere, on GitHub and on the site, and what people are told to type is right."""
 
 from __future__ import annotations
 
