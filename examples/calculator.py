@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from otcrl.errors import DataError
 from otcrl.protocols import ToolResult
 from otcrl.tasks.arithmetic import evaluate
 from otcrl.types import Outcome
@@ -32,7 +31,7 @@ class Calculator:
         """What the expression is worth. An expression that is none is the policy's failure, and it is told why."""
         try:
             value = evaluate(arguments)
-        except DataError as error:
+        except (ValueError, RecursionError) as error:  # no sum (a DataError is a ValueError); one of a thousand terms
             return ToolResult(f"Error: {error}", Outcome.MODEL_ERROR)
         if abs(value) > self.largest:
             return ToolResult(f"Error: the result is beyond {self.largest}", Outcome.MODEL_ERROR)

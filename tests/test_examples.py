@@ -40,6 +40,7 @@ SMALL = [
 def in_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(EXAMPLES)
     monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setenv("OTCRL_DATA", "DIR")
 
 
 def command(path: Path) -> tuple[str, str, str]:
@@ -88,7 +89,7 @@ def test_every_extension_point_that_the_manual_names_has_an_example():
 @pytest.mark.parametrize("name", ["linear", "reinforce", "phonebook"])
 def test_an_example_trains(name: str, tmp_path: Path):
     preset, group, choice = command(EXAMPLES / f"{name}.py")
-    words = [f"conf={preset}", f"{group}={choice}", *SMALL, "~tools.python", f"run_dir={tmp_path / 'run'}"]
+    words = [f"conf={preset}", f"{group}={choice}", *SMALL, "tools=calculator", f"run_dir={tmp_path / 'run'}"]
     assert cli.main(["train", *words]) == 0
     assert len(metrics(tmp_path / "run")) == 2
     assert (tmp_path / "run/summary.json").is_file()
@@ -101,7 +102,7 @@ def test_the_command_works_as_it_is_written_in_a_folder_of_ones_own(tmp_path: Pa
     )
     (tmp_path / "own.py").write_text((EXAMPLES / "linear.py").read_text())
     done = subprocess.run(
-        [sys.executable, "-m", "otcrl", "train", "conf=quickstart", "reward=mine", *SMALL, "~tools.python"],
+        [sys.executable, "-m", "otcrl", "train", "conf=quickstart", "reward=mine", *SMALL, "tools.python.isolation=none"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
         capture_output=True,
@@ -133,6 +134,8 @@ def test_the_calculator_computes_and_tells_the_policy_what_is_no_sum():
         return result.text, result.outcome
 
     assert asked("47 + 85") == ("132", Outcome.OK)
+    assert asked("+".join(["1"] * 5000))[1] is Outcome.MODEL_ERROR
+    assert asked("1 +\0 1")[1] is Outcome.MODEL_ERROR
     assert asked("1000 * 1001") == ("Error: the result is beyond 1000000", Outcome.MODEL_ERROR)
     text, outcome = asked("open('/etc/passwd')")
     assert text.startswith("Error: only + - * ( )")
@@ -142,8 +145,9 @@ def test_the_calculator_computes_and_tells_the_policy_what_is_no_sum():
 def test_a_policy_calls_the_calculator(tmp_path: Path):
     preset, group, choice = command(EXAMPLES / "calculator.py")
     words = [
-        f"conf={preset}", f"{group}={choice}", *SMALL, "model.width=64", "sft.steps=40", "sft.batch_size=64",
-        "task.demo_mix={large_sum: 1.0}", "task.drill_share=0", "task.copy_share=0", f"run_dir={tmp_path / 'run'}",
+        f"conf={preset}", f"{group}={choice}", *SMALL, "model.width=64", "sft.steps=60", "sft.batch_size=64",
+        "task.demo_mix={known: 0, hidden: 0, two_hop: 0, small_sum: 0, large_sum: 1, search_sum: 0}",
+        "task.drill_share=0", "task.copy_share=0", f"run_dir={tmp_path / 'run'}",
     ]  # fmt: skip
     assert cli.main(["train", *words]) == 0
     calls = [call for line in transcripts(tmp_path) for call in line["calls"] if call["tool"] == "python"]
