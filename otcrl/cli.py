@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from otcrl import __version__
 from otcrl.errors import ConfigError, OtcrlError, nearest
 from otcrl.presets import find_preset, options, presets
 
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(overview())
+        return 0
+    if words[0] == "--version":
+        print(f"otcrl {__version__}")
         return 0
     sys.path.append(os.getcwd())  # `_target_: my_pkg.MyReward` may name a package in the current directory
     try:
@@ -466,6 +470,7 @@ def overview() -> str:
             *rows,
             "",
             "otcrl COMMAND --help shows examples and presets. OTCRL_TRACEBACK=1 shows where an error came from.",
+            "otcrl --version says which one this is.",
         ]
     )
 

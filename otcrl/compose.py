@@ -1,8 +1,8 @@
 """conf/, a preset and the command line become one plain nested dict: past this file nobody sees Hydra.
 
 Hydra composes from a directory staged for the occasion. It holds the primary config and, as
-`experiment/chosen.yaml`, the preset; conf/ and the directory of a preset given by path are searched
-after it. So a user's preset may lie anywhere and choose from groups of yaml files beside it.
+`experiment/chosen.yaml`, the preset; conf/, the directory of a preset given by path and the current one are
+searched after it. So `reward=mine` finds reward/mine.yaml, as `_target_: mine.Reward` finds mine.py.
 """
 
 from __future__ import annotations
@@ -110,14 +110,15 @@ def known_sections() -> list[str]:
 def staged(preset: Path | None, run: Path | None, chosen: Mapping[str, str]) -> Iterator[Path]:
     """A directory for Hydra to start from, gone afterwards."""
     primary = saved(run, chosen) if run else load(conf_dir() / "config.yaml")
-    search = [conf_dir()]
+    search = [conf_dir(), Path.cwd()]
     with tempfile.TemporaryDirectory(prefix="otcrl-") as directory:
         stage = Path(directory)
         if preset:
-            search.append(preset.parent.parent if preset.parent.name == "experiment" else preset.parent)
+            search.insert(1, preset.parent.parent if preset.parent.name == "experiment" else preset.parent)
             stage.joinpath("experiment").mkdir()
             stage_preset(preset, stage / "experiment/chosen.yaml", chosen, search)
             primary["defaults"][primary["defaults"].index({"experiment": None})] = {"experiment": "chosen"}
+        check_own(chosen, search[1:])
         primary["hydra"] = {"searchpath": [path.as_uri() for path in search]}
         stage.joinpath("config.yaml").write_text(yaml.safe_dump(primary, sort_keys=False))
         yield stage
@@ -144,6 +145,16 @@ def defaults(content: Config) -> tuple[list[str], dict[str, str]]:
     bases = [entry for entry in entries if isinstance(entry, str) and entry != "_self_"]
     pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
     return bases, {key.removeprefix("override /"): str(choice) for key, choice in pairs}
+
+
+def check_own(chosen: Mapping[str, str], search: Sequence[Path]) -> None:
+    """Raises ConfigError for the name of a user's yaml that one of otcrl's has too: neither must win unsaid."""
+    shipped = conf_dir().resolve()
+    for group in chosen.keys() & groups():
+        for root in search:
+            own = root / group / f"{chosen[group]}.yaml"
+            if root.resolve() != shipped and own.is_file() and chosen[group] in options(group):
+                raise ConfigError(f"{group}={chosen[group]}: otcrl has one, and so have you: rename {own}")
 
 
 def fitting(preset: Config, chosen: Mapping[str, str], search: Sequence[Path]) -> Config:

@@ -173,7 +173,7 @@ def rows(data: Rows, index: slice | Tensor) -> Rows:
 
 
 def pack(groups_PG: Sequence[Sequence[tuple[Trajectory, Reward]]], pad_id: int) -> Batch:
-    """Flatten [P][G] scored trajectories into one right-padded batch. Groups may differ in size."""
+    """Flatten `[P][G]` scored trajectories into one right-padded batch. Groups may differ in size."""
     import torch
 
     flat = [(g, t, r) for g, group in enumerate(groups_PG) for t, r in group]

@@ -326,7 +326,7 @@ def test_a_wheel_carries_conf_and_the_reports_page_and_runs_without_the_checkout
     source = tmp_path / "source"  # building leaves nothing in the checkout
     for part in ("otcrl", "conf"):
         shutil.copytree(ROOT / part, source / part, ignore=shutil.ignore_patterns("__pycache__"))
-    for part in ("setup.py", "pyproject.toml"):
+    for part in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / part, source)
     pip = [sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check"]
     offline = ["--no-deps", "--no-index"]

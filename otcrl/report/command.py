@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
+from otcrl import __version__
 from otcrl.errors import ConfigError
 from otcrl.report.build import content
 from otcrl.report.files import read_runs
@@ -23,7 +23,7 @@ def report(folders: Sequence[str], named: Mapping[str, str]) -> None:
     out, most = Path(named.get("out") or "report.html"), whole_number(named.get("trajectories", str(MOST)))
     found = content(read_runs([Path(folder) for folder in folders]), most)
     title = " · ".join(run["name"] for run in found.runs)
-    text = page(found, title, f"otcrl {version('otcrl')}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
+    text = page(found, title, f"otcrl {__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
