@@ -96,7 +96,7 @@ run --rm --env OTCRL_TOKEN "${locked[@]}" otcrl/sandbox || true
 
 say "an index, and the retrieval server"
 install --directory --owner 10001 "$folder/indexes"
-run --rm --volume "$PWD/tests/data/tiny_qa:/data:ro" --volume "$folder/indexes:/indexes" otcrl/retrieval \
+run --rm --volume "$PWD/otcrl/small/tiny_qa:/data:ro" --volume "$folder/indexes:/indexes" otcrl/retrieval \
     index build corpus=/data/corpus.jsonl out=/indexes/tiny encoder=hashing
 serve "${locked[@]}" --volume "$folder/indexes/tiny:/index:ro" otcrl/retrieval
 ask "$container" http://127.0.0.1:8000/retrieve '{"queries": ["Which river flows through Paris?"], "topk": 1}'

@@ -191,7 +191,7 @@ sys.exit(main(sys.argv[1:]))
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("index") / "tiny"
     assert (
-        cli.main(["index", "build", f"corpus={ROOT}/tests/data/tiny_qa/corpus.jsonl", f"out={out}", "encoder=hashing"])
+        cli.main(["index", "build", f"corpus={ROOT}/otcrl/small/tiny_qa/corpus.jsonl", f"out={out}", "encoder=hashing"])
         == 0
     )
     return out
