@@ -233,6 +233,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         llama.model.embed_tokens.weight[:, 0] = 10.0  # the same for all tokens, so the head sees it in every place
         llama.lm_head.weight[:, 0] = 0.0
+        llama.lm_head.weight[said] = 0.0  # as likely as each other
         llama.lm_head.weight[said, 0] = 2.0
         llama.lm_head.weight[tokenizer.end_id, 0] = 1.8
     llama.save_pretrained(folder)

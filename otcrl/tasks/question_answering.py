@@ -106,12 +106,12 @@ class QuestionAnswering:
     # -- demonstrations ------------------------------------------------------------------------------
 
     def demonstrations(self, step: int, count: int, dialect: Dialect) -> list[Demo]:
-        """The `traces`; or searches for each gold passage by its title, and then the answer.
+        """The `traces`; answers alone, if `demo_direct` is 1; or searches for each gold passage by its title, then the answer.
 
         Raises ConfigError when no training problem has `gold_ids` or there is no tool, though demonstrations are to
         search; DataError when a gold id is not in the corpus.
         """
-        if self.traces:
+        if self.traces and self.demo_direct < 1:
             chosen = shuffled_epochs(len(self._solved), step * count, count, f"{self.seed}/demonstrations")
             self._check_tool(PYTHON)
             return [demonstrate(self._solved[i], PYTHON, dialect, self.tools) for i in chosen]
