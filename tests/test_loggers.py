@@ -10,6 +10,7 @@ import json
 import os
 import pty
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -158,17 +159,27 @@ def wandb_logger(folder: Path, **settings: Any) -> WandbLogger:
 
 
 def wandb_records(folder: Path) -> list[Any]:
-    """What `wandb sync` would send of the only offline run in `folder`, read by wandb's own reader."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    """What `wandb sync` would send of the only offline run in `folder`: protocol buffers in a LevelDB log.
 
+    github.com/google/leveldb/blob/main/doc/log_format.md: blocks of 32 KiB, records in one or several parts.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    block, head = 32768, struct.Struct("<IHB")  # check sum, bytes, kind: 1 whole, 2 first, 3 middle, 4 last
     (file,) = folder.glob("run-*.wandb")
-    store, found = DataStore(), []
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        found.append(record)
+    data, found, parts = file.read_bytes(), [], b""
+    assert data.startswith(b":W&B")
+    position = 7  # after W&B's own head
+    while position + head.size <= len(data):
+        if block - position % block < head.size:  # no head fits: zeros up to the next block
+            position += block - position % block
+            continue
+        _, size, kind = head.unpack_from(data, position)
+        position += head.size + size
+        parts += data[position - size : position]
+        if kind in (1, 4):
+            found.append(wandb_internal_pb2.Record.FromString(parts))
+            parts = b""
     return found
 
 
@@ -228,8 +239,8 @@ def test_wandb_sync_finds_what_was_logged_offline(tmp_path: Path):
     logger = wandb_logger(tmp_path)
     logger.log({"reward/value": 1.0}, 0)
     logger.close()
-    own = os.environ | {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    command = [sys.executable, "-m", "wandb", "sync", "--include-offline"]
+    own = os.environ | {"WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "COLUMNS": "300"}
+    command = [sys.executable, "-m", "wandb", "sync", "--dry-run"]
     done = subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=120)
     assert "offline-run-" in done.stdout + done.stderr
     assert run_id(tmp_path) in done.stdout + done.stderr

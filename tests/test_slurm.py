@@ -16,15 +16,16 @@ import pytest
 from tests.test_bad_input import ATLAS, ROOT, checkpoints, steps
 
 SRUN = """#!/bin/bash
-# the job step on one machine: a process for each task, and SIGTERM is handed on to all of them
+# the job step on one machine: a process for each task, and SIGTERM is handed on to all of them, and said once more
 while [[ $1 == --* ]]; do shift; done
 for ((i = 0; i < SLURM_NTASKS; i++)); do
     SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & tasks+=($!)
 done
-trap 'kill -TERM "${tasks[@]}"' TERM
+trap 'kill -TERM "${tasks[@]}"; sleep 0.3; kill -TERM "${tasks[@]}"' TERM
 code=0
 for task in "${tasks[@]}"; do
-    while kill -0 "$task" 2>/dev/null; do wait "$task"; last=$?; done
+    while kill -0 "$task" 2>/dev/null; do wait "$task"; done
+    wait "$task"; last=$?
     ((last == 0)) || code=$last
 done
 echo "srun ends with $code" >> "$FAKE_LOG"
@@ -82,7 +83,7 @@ def until(happened: Callable[[], bool], job: subprocess.Popen[bytes], slurm: Slu
 
 @pytest.mark.slow
 def test_a_preempted_job_saves_on_all_ranks_is_queued_again_and_goes_on(tmp_path):
-    """Slurm says it to the script and, by another way, to the processes; the step that plays would take minutes."""
+    """Slurm says it more than once, to the script and to the processes; the step that plays would take minutes."""
     slurm = Slurm(tmp_path)
     long = ("loop.steps=1000", "loop.checkpoint_every=0", "loop.problems_per_step=300", "rollout.group_size=16")
     job = slurm.sbatch(*long)

@@ -51,4 +51,7 @@ class TensorBoardLogger:
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except OSError as error:
+                say_unwritten(self._path, error, "its last lines are not in it")
