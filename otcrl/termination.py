@@ -33,7 +33,7 @@ class Termination:
     def _hear(self) -> None:
         self._asked.set()
         asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, lambda *_: None)  # also when the loop is closed, until the process has ended
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # to the very end: Python undoes handlers of its own before that
         if dist.is_first():
             said = "otcrl: SIGTERM: the run is saved and ends; Ctrl-C or kill -9 ends it at once"
             print(said, file=sys.stderr, flush=True)
