@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -18,7 +19,7 @@ from otcrl.rewards.otc import r_tool_grpo, r_tool_ppo
 
 IMAGES = Path(__file__).parent / "images"
 CALLS = range(9)
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "otcrl",
     "svg.fonttype": "path",
     "font.size": 9,

@@ -36,6 +36,7 @@ REFUSED: dict[str, str] = dict.fromkeys(
     "the learner sees the whole distribution, so it must be sampled from as a whole: there is no such setting, only "
     "rollout.temperature (docs/mismatch.md)",
 )
+SEVERAL = "logger"  # a group of which several can be chosen: logger=[console,wandb]
 Config = dict[str, Any]  # sections by name; plain values all the way down
 
 
@@ -50,10 +51,10 @@ def compose(overrides: Sequence[str], *, preset: Path | None = None, run: Path |
         if override.is_sweep_override():
             key = override.get_key_element()
             raise ConfigError(f"{override.input_line!r} lists several values: add -m to run each, or write {key}=[...]")
-        if override.key_or_group in groups() and not override.is_delete() and not isinstance(override.value(), str):
-            group = override.key_or_group
+        group = override.key_or_group
+        if group in groups() and not override.is_delete() and not names(group, override.value()):
             raise ConfigError(f"{override.input_line!r}: {group} is chosen by name.{nearest('', options(group))}")
-    chosen = {override.key_or_group: str(override.value()) for override in parsed}
+    chosen = {override.key_or_group: names(override.key_or_group, override.value()) for override in parsed}
     with staged(preset, run, chosen) as stage:
         config = compose_staged(stage, overrides)
     sections = [*known_sections()]
@@ -98,6 +99,12 @@ def quoted(text: str) -> str:
     return f"'{escaped}'"
 
 
+def names(group: str, value: object) -> list[str]:
+    """What is chosen of a group: one thing, of loggers one or several. [] for what is no choice."""
+    several = value if group == SEVERAL and isinstance(value, list) else [value]
+    return [str(name) for name in several] if all(isinstance(name, str) for name in several) else []
+
+
 def known_sections() -> list[str]:
     primary = OmegaConf.load(conf_dir() / "config.yaml")
     return [*(str(key) for key in primary if key != "defaults"), *groups()]
@@ -107,7 +114,7 @@ def known_sections() -> list[str]:
 
 
 @contextmanager
-def staged(preset: Path | None, run: Path | None, chosen: Mapping[str, str]) -> Iterator[Path]:
+def staged(preset: Path | None, run: Path | None, chosen: Mapping[str, Sequence[str]]) -> Iterator[Path]:
     """A directory for Hydra to start from, gone afterwards."""
     primary = saved(run, chosen) if run else load(conf_dir() / "config.yaml")
     search = [conf_dir(), Path.cwd()]
@@ -124,7 +131,7 @@ def staged(preset: Path | None, run: Path | None, chosen: Mapping[str, str]) -> 
         yield stage
 
 
-def stage_preset(preset: Path, copy: Path, chosen: Mapping[str, str], search: Sequence[Path]) -> None:
+def stage_preset(preset: Path, copy: Path, chosen: Mapping[str, Sequence[str]], search: Sequence[Path]) -> None:
     """A copy of the preset for Hydra, and of the presets that it is based on (`defaults: [search_r1_grpo, ...]`).
 
     `chosen` holds the choices of whoever comes later: the command line, and a preset for those that it is based on.
@@ -134,49 +141,55 @@ def stage_preset(preset: Path, copy: Path, chosen: Mapping[str, str], search: Se
     copy.write_text("# @package _global_\n" + text)
     bases, choices = defaults(content)
     for base in bases:
-        files = [root / "experiment" / f"{base}.yaml" for root in search]
-        if path := next((path for path in files if path.is_file()), None):
-            stage_preset(path, copy.with_name(path.name), choices | chosen, search)
+        if path := found_in(search, f"experiment/{base}.yaml"):
+            stage_preset(path, copy.with_name(path.name), {**choices, **chosen}, search)
 
 
-def defaults(content: Config) -> tuple[list[str], dict[str, str]]:
+def defaults(content: Config) -> tuple[list[str], dict[str, list[str]]]:
     """The files that a yaml is based on, and its choices of groups."""
     entries = content.get("defaults") or []
     bases = [entry for entry in entries if isinstance(entry, str) and entry != "_self_"]
     pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
-    return bases, {key.removeprefix("override /"): str(choice) for key, choice in pairs}
+    several = {key: choice if isinstance(choice, list) else [choice] for key, choice in pairs}
+    return bases, {key.removeprefix("override /"): list(map(str, choices)) for key, choices in several.items()}
 
 
-def check_own(chosen: Mapping[str, str], search: Sequence[Path]) -> None:
+def check_own(chosen: Mapping[str, Sequence[str]], search: Sequence[Path]) -> None:
     """Raises ConfigError for the name of a user's yaml that one of otcrl's has too: neither must win unsaid."""
     shipped = conf_dir().resolve()
+    of_user = [root for root in search if root.resolve() != shipped]
     for group in chosen.keys() & groups():
-        for root in search:
-            own = root / group / f"{chosen[group]}.yaml"
-            if root.resolve() != shipped and own.is_file() and chosen[group] in options(group):
-                raise ConfigError(f"{group}={chosen[group]}: otcrl has one, and so have you: rename {own}")
+        for name in chosen[group]:
+            own = found_in(of_user, f"{group}/{name}.yaml")
+            if own is not None and name in options(group):
+                raise ConfigError(f"{group}={name}: otcrl has one, and so have you: rename {own}")
 
 
-def fitting(preset: Config, chosen: Mapping[str, str], search: Sequence[Path]) -> Config:
+def fitting(preset: Config, chosen: Mapping[str, Sequence[str]], search: Sequence[Path]) -> Config:
     """The preset, where a group is chosen anew without those of its settings that the new choice does not have.
 
     `conf=quickstart algo=rloo`: quickstart's algo.weighting was said of GRPO.
     """
     fit = dict(preset)
     for group in groups():
-        keys = keys_of(group, chosen.get(group), search)
-        if keys is not None and isinstance(preset.get(group), dict):
+        own = [keys for name in chosen.get(group, ()) if (keys := keys_of(group, name, search)) is not None]
+        if own and isinstance(preset.get(group), dict):
+            keys = set().union(*own)
             fit[group] = {key: value for key, value in preset[group].items() if key in keys}
     return fit
 
 
-def keys_of(group: str, choice: str | None, search: Sequence[Path]) -> set[str] | None:
+def keys_of(group: str, choice: str, search: Sequence[Path]) -> set[str] | None:
     """The settings of a choice of a group, with those of the files that it is based on; None if there is no file."""
-    path = next((path for root in search if (path := root / group / f"{choice}.yaml").is_file()), None)
+    path = found_in(search, f"{group}/{choice}.yaml")
     if path is None:
         return None
     content = load(path)
     return {*content, *(key for base in defaults(content)[0] for key in keys_of(group, base, search) or ())}
+
+
+def found_in(search: Sequence[Path], name: str) -> Path | None:
+    return next((root / name for root in search if (root / name).is_file()), None)
 
 
 def saved(run: Path, overridden: Collection[str]) -> Config:

@@ -144,7 +144,12 @@ def restored(algo: str, learner: Any, settings: dict[str, Any]) -> bool:
 def large() -> LlamaForCausalLM:
     """16 layers, each of which is a small part of it: 53 MB."""
     torch.manual_seed(3)
-    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 16, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 4,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=4, **sizes))
 
 
@@ -183,7 +188,7 @@ def from_file(folder: Path) -> dict[str, Any]:
     given = {"policy": policy, "reference": reference, "critic": critic}
     learner = make_learner(ppo(), **given, backend="deepspeed", deepspeed=settings, packing="shared")
     found = updated(learner)
-    held = [parameter for parameter in policy.parameters() if not parameter.ds_persist]
+    held = [parameter for parameter in policy.parameters() if not parameter.ds_persist]  # pyright: ignore[reportAttributeAccessIssue]
     at_once = [sum(p.numel() for p in held) for _ in learner.weights()]
     left = sum(p.numel() for p in held)
     found |= {"loading": max(dist.gather(peak.nbytes, "peaks")), "at once": max(at_once), "left": left}

@@ -127,7 +127,7 @@ def setup() -> tuple[list[str], dict[str, list[str]]]:
     """What setup.py requires, and its extras."""
     code = (ROOT / "setup.py").read_text()
     names: dict[str, Any] = {}
-    keep = [node for node in ast.parse(code).body if isinstance(node, ast.Assign)]
+    keep: list[ast.stmt] = [node for node in ast.parse(code).body if isinstance(node, ast.Assign)]
     exec(compile(ast.Module(keep, []), "setup.py", "exec"), names)
     call = next(
         node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.keyword) and node.arg == "install_requires"
@@ -405,46 +405,3 @@ def test_a_pod_of_a_finished_run_does_not_begin_another_one(tmp_path: Path):
     (tmp_path / "summary.json").touch()
     subprocess.run(["sh", "-euc", train_script()], cwd=tmp_path, env=environment, check=True, timeout=30)
     assert not (tmp_path / "told").exists()
-
-
-SLURM = {
-    "scontrol": """#!/bin/sh
-case $1 in show) echo first; echo second ;; *) echo "$@" >> requeued ;; esac
-""",
-    "scancel": """#!/bin/sh
-kill -TERM "$(cat task)"
-""",
-    # one machine's task; the others' are like it
-    "srun": """#!/bin/bash
-shift
-"$@" &
-echo $! > task
-wait $!
-""",
-}
-
-
-def test_a_slurm_job_that_is_told_to_end_saves_and_is_queued_again(tmp_path: Path):
-    environment = programs(tmp_path, torchrun=TORCHRUN, **SLURM)
-    environment |= {"RANKS": "go on", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "x"}
-    script = ["bash", DOCKER / "slurm/train.sbatch", "conf=quickstart", "reward.name=a b"]
-    with subprocess.Popen(script, cwd=tmp_path, env=environment) as job:
-        until((tmp_path / "started").exists)
-        job.terminate()
-        assert job.wait(30) == 0
-    assert (tmp_path / "saved").exists()
-    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
-    told = (tmp_path / "told").read_text()
-    assert "--nnodes 2 --nproc_per_node 8" in told
-    assert "--rdzv_endpoint first:29500" in told
-    assert told.endswith("-m otcrl train conf=quickstart reward.name=a b\n")
-
-
-def test_a_slurm_job_whose_ranks_crash_fails_and_is_not_queued_again(tmp_path: Path):
-    environment = programs(tmp_path, torchrun=TORCHRUN, **SLURM)
-    environment |= {"RANKS": "crash", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "x"}
-    done = subprocess.run(
-        ["bash", DOCKER / "slurm/train.sbatch"], cwd=tmp_path, env=environment, timeout=30, check=False
-    )
-    assert done.returncode == 3
-    assert not (tmp_path / "requeued").exists()

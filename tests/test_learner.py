@@ -439,6 +439,7 @@ def test_adapters_alone_are_trained_and_the_engine_gets_them_merged():
 def test_the_reference_of_a_run_of_adapters_is_the_policy_without_them():
     algo, batch = grpo(), random_batch()
     alone = make_learner(algo, **adapted())
+    scores = alone.score(batch)
     copied = make_learner(algo, **adapted() | {"reference": copy.deepcopy(POLICY)})
     for step in range(3):
         scores, expected = alone.score(batch), copied.score(batch)

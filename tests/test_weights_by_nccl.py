@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +65,7 @@ class Sharded:
             shard.ds_shape = self.whole[name].shape  # pyright: ignore[reportAttributeAccessIssue]
 
     @contextmanager
-    def gather(self, parameters: list[Tensor]) -> Iterator[None]:
+    def gather(self, parameters: Sequence[Tensor]) -> Iterator[None]:
         names = [name for p in parameters for name, shard in self.shards.items() if shard is p]
         self.gathered.append(names)
         for name in names:

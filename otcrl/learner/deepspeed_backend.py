@@ -218,7 +218,8 @@ def check_disk(folder: Path) -> None:
     imported()
     from deepspeed.accelerator import get_accelerator
 
-    if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible():
+    builder: Any = get_accelerator()
+    if not builder.create_op_builder("AsyncIOBuilder").is_compatible():
         raise ConfigError(
             "learner.deepspeed: for nvme DeepSpeed compiles its disk access with libaio, which was not found: "
             "apt-get install libaio-dev g++ ninja-build, or use offload=cpu"
