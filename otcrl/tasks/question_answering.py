@@ -106,7 +106,7 @@ class QuestionAnswering:
     # -- demonstrations ------------------------------------------------------------------------------
 
     def demonstrations(self, step: int, count: int, dialect: Dialect) -> list[Demo]:
-        """The `traces`; answers alone if `demo_direct` is 1; or searches for the gold passages by title, then the answer.
+        """The `traces`; answers alone, if `demo_direct` is 1; or searches for each gold passage, then the answer.
 
         Raises ConfigError when no training problem has `gold_ids` or there is no tool, though demonstrations are to
         search; DataError when a gold id is not in the corpus.

@@ -63,7 +63,7 @@ def trace(row: Row) -> Trace:
     if not isinstance(messages, list) or len(messages) != 2:
         raise Wrong("messages", "a user's and an assistant's", messages)
     asked, said = (message({"prompt": messages}, at) for at in (0, 1))
-    question = QUESTION.fullmatch(asked)
+    question = QUESTION.match(asked)
     steps, end = list[Step](), 0
     for found in STEP.finditer(said):
         steps.append(Step(found[1].strip(), unfenced(found[2]), found[3].strip()))
