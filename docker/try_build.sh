@@ -47,7 +47,7 @@ if ! command -v podman > /dev/null; then
     say "no podman: nothing was run"
     exit
 fi
-run() { podman "${store[@]}" run --network none "$@"; }
+run() { podman "${store[@]}" run --runtime runc --network none --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 --no-healthcheck "$@"; }
 # What compose.yaml gives the sandbox, in Podman's words: unmask=ALL is systempaths=unconfined.
 locked=(--cap-drop ALL --security-opt no-new-privileges --read-only --tmpfs /tmp)
 sandboxed=("${locked[@]}" --security-opt "seccomp=$PWD/docker/seccomp.json" --security-opt unmask=ALL)
@@ -59,7 +59,8 @@ print(r.urlopen(request, timeout=60).read().decode())' "$2" "$3"
 }
 serve() { # IMAGE [podman options --] [arguments of otcrl]: waits until it is healthy
     container=$(run --detach --env OTCRL_TOKEN "$@")
-    until podman "${store[@]}" healthcheck run "$container" > /dev/null 2>&1; do
+    until podman "${store[@]}" exec "$container" python3 -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1])' \
+        "http://127.0.0.1:$port/health" > /dev/null 2>&1; do
         if [ "$(podman "${store[@]}" inspect --format '{{.State.Running}}' "$container")" != true ]; then break; fi
         sleep 0.5
     done
@@ -84,6 +85,7 @@ say "a shortened quickstart; the trainer has its programs in bubblewrap, so it n
 run --rm "${sandboxed[@]}" --tmpfs /workspace/runs:mode=1777 --tmpfs /cache:mode=1777 otcrl/trainer train conf=quickstart \
     sft.steps=60 loop.steps=2 task.held_out_per_kind=4 evaluate.before=false evaluate.sampled=false tools.python.workers=1
 
+port=8080
 say "the sandbox server as compose.yaml runs it"
 serve "${sandboxed[@]}" otcrl/sandbox
 ask "$container" http://127.0.0.1:8080/run_code '{"language": "python", "code": "import sympy; print(sympy.factorint(360))"}'
@@ -98,6 +100,7 @@ say "an index, and the retrieval server"
 install --directory --owner 10001 "$folder/indexes"
 run --rm --volume "$PWD/otcrl/small/tiny_qa:/data:ro" --volume "$folder/indexes:/indexes" otcrl/retrieval \
     index build corpus=/data/corpus.jsonl out=/indexes/tiny encoder=hashing
+port=8000
 serve "${locked[@]}" --volume "$folder/indexes/tiny:/index:ro" otcrl/retrieval
 ask "$container" http://127.0.0.1:8000/retrieve '{"queries": ["Which river flows through Paris?"], "topk": 1}'
 end
