@@ -3,7 +3,7 @@
 # buildah and debootstrap, a package index, 15 GB of disk and some minutes; with podman the sandbox is tried in a real
 # container, with compose.yaml's options and without them. Not part of `make test`.
 #
-#     apt-get install buildah debootstrap podman crun
+#     apt-get install buildah debootstrap podman runc
 #     docker/try_build.sh [FOLDER]                 # TORCH_WHEELS=DIR: PyTorch's CPU wheels are there
 #
 # FOLDER (a new one beneath /tmp if none is named) keeps log and base; the images are removed at the end unless KEEP=1.
@@ -14,7 +14,11 @@ mkdir -p "$folder"
 folder=$(realpath "$folder")
 store=(--root "$folder/store" --runroot "$folder/run" --storage-driver "${STORAGE_DRIVER:-overlay}")
 exec > >(tee "$folder/log") 2>&1
-trap '[ -n "${KEEP:-}" ] || { buildah "${store[@]}" rm --all; buildah "${store[@]}" rmi --all --force; } > /dev/null' EXIT
+clean() {
+    if command -v podman > /dev/null; then podman "${store[@]}" rm --all --force > /dev/null; fi
+    if [ -z "${KEEP:-}" ]; then buildah "${store[@]}" rm --all > /dev/null && buildah "${store[@]}" rmi --all --force > /dev/null; fi
+}
+trap clean EXIT
 
 say() { printf '\n== %s [%d s]\n' "$*" "$SECONDS"; }
 build() { buildah "${store[@]}" build --isolation chroot --format docker --layers "$@"; }
