@@ -86,7 +86,7 @@ say "otcrl --help"
 run --rm otcrl/trainer --help
 
 say "a shortened quickstart; the trainer has its programs in bubblewrap, so it needs what the sandbox needs"
-run --rm "${sandboxed[@]}" --tmpfs /workspace/runs:mode=1777 --tmpfs /cache:mode=1777 otcrl/trainer train conf=quickstart \
+run --rm "${sandboxed[@]}" otcrl/trainer train conf=quickstart run_dir=/tmp/run \
     sft.steps=60 loop.steps=2 task.held_out_per_kind=4 evaluate.before=false evaluate.sampled=false tools.python.workers=1
 
 port=8080
