@@ -6,7 +6,8 @@ import asyncio
 import signal
 import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from otcrl import dist
@@ -19,7 +20,7 @@ class Terminated(Exception):
 
 
 class Termination:
-    """Whether the run was asked to end. The second signal ends the process at once."""
+    """Whether the run was asked to end. To be asked again changes nothing: Slurm may ask by several ways at once."""
 
     def __init__(self) -> None:
         self._asked = asyncio.Event()
@@ -32,7 +33,10 @@ class Termination:
     def _hear(self) -> None:
         self._asked.set()
         asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
-        print("otcrl: SIGTERM: the run is saved and ends; a second one ends it at once", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # to the very end: Python undoes handlers of its own before that
+        if dist.is_first():
+            said = "otcrl: SIGTERM: the run is saved and ends; Ctrl-C or kill -9 ends it at once"
+            print(said, file=sys.stderr, flush=True)
 
     def check(self) -> None:
         """Raises Terminated, on all ranks or none."""
@@ -42,16 +46,32 @@ class Termination:
     async def unless(self, work: Coroutine[Any, Any, T]) -> T:
         """Its result, unless the run is asked to end: then it is cancelled. Raises Terminated.
 
-        With several ranks it is not cancelled, since the others would wait for this one: they agree in `check`.
+        With several ranks it is not cancelled, since inside it they wait for each other.
         """
-        if dist.size() > 1:
-            return await work
+        return await work if dist.size() > 1 else await self._unless_asked(work)
+
+    async def all_unless(
+        self, work: Coroutine[Any, Any, T], thread: Callable[[Callable[[], None]], Awaitable[None]]
+    ) -> T:
+        """The same for work of this rank alone, which waits for no other: all ranks drop theirs, or none does.
+
+        `thread` runs what waits for the other ranks.
+        """
+        found: list[T] = []
+        with suppress(Terminated):
+            found.append(await self._unless_asked(work))
+        await thread(self.check)
+        return found[0]
+
+    async def _unless_asked(self, work: Coroutine[Any, Any, T]) -> T:
         working, asked = asyncio.ensure_future(work), asyncio.ensure_future(self._asked.wait())
         try:
             await asyncio.wait([working, asked], return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                return working.result()
-            raise Terminated
+            if (
+                self._asked.is_set()
+            ):  # also where the work has failed: its tools and engines may have been asked to end too
+                raise Terminated
+            return working.result()
         finally:
             for task in (working, asked):
                 task.cancel()
