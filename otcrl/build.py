@@ -56,6 +56,7 @@ from otcrl.rollout.schedule import Rollouts, Schedule
 from otcrl.rollout.stream import Stream
 from otcrl.rollout.transcripts import Transcripts
 from otcrl.saver import Saver
+from otcrl.secrets import public
 from otcrl.sft import Sft, batch
 from otcrl.termination import Termination
 from otcrl.tools.retrieval.corpus import Passage
@@ -352,7 +353,8 @@ def build_run(cfg: Config, world: World, bars: Bars, start: Start) -> Run:
     health.hear(earlier)
     loggers: list[Logger] = []
     if dist.is_first():
-        wired = {"name": cfg["name"], "folder": folder, "config": cfg}
+        wired = {"name": cfg["name"], "folder": folder, "config": public(cfg), "steps": loop.steps, "bars": bars}
+        wired |= {"resume_step": start.step if start.goes_on else None, "earlier": earlier}
         extra = [construct(section, f"logger.{key}", **wired) for key, section in cfg["logger"].items()]
         loggers = [JsonlLogger(metrics), *extra]
     return Run(

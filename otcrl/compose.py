@@ -36,6 +36,7 @@ REFUSED: dict[str, str] = dict.fromkeys(
     "the learner sees the whole distribution, so it must be sampled from as a whole: there is no such setting, only "
     "rollout.temperature (docs/mismatch.md)",
 )
+SEVERAL = "logger"  # a group of which several can be chosen: logger=[console,wandb]
 Config = dict[str, Any]  # sections by name; plain values all the way down
 
 
@@ -50,8 +51,8 @@ def compose(overrides: Sequence[str], *, preset: Path | None = None, run: Path |
         if override.is_sweep_override():
             key = override.get_key_element()
             raise ConfigError(f"{override.input_line!r} lists several values: add -m to run each, or write {key}=[...]")
-        if override.key_or_group in groups() and not override.is_delete() and not isinstance(override.value(), str):
-            group = override.key_or_group
+        group = override.key_or_group
+        if group in groups() and not override.is_delete() and not is_choice(group, override.value()):
             raise ConfigError(f"{override.input_line!r}: {group} is chosen by name.{nearest('', options(group))}")
     chosen = {override.key_or_group: str(override.value()) for override in parsed}
     with staged(preset, run, chosen) as stage:
@@ -96,6 +97,12 @@ def quoted(text: str) -> str:
     """`text` as the value of an override, whatever characters it holds."""
     escaped = text.replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def is_choice(group: str, value: object) -> bool:
+    """A name; of loggers also several."""
+    several = value if group == SEVERAL and isinstance(value, list) and value else [value]
+    return all(isinstance(name, str) for name in several)
 
 
 def known_sections() -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from otcrl.types import Batch, Forward, Metrics, Outcome, Problem, Reward, Scores, Targets, TokenLoss, Trajectory
 
@@ -394,3 +394,12 @@ class Logger(Protocol):
     def log(self, metrics: Metrics, step: int) -> None: ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """What a logger has beside the above if it shows trajectories."""
+
+    def read(self, transcripts: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Trajectories of the step, each as transcripts.jsonl has it (docs/report.md)."""
+        ...

@@ -21,8 +21,9 @@ from otcrl.evaluate.metrics import by_source
 from otcrl.health import Health, write_culprits
 from otcrl.learner.proof import Proof
 from otcrl.learner.thread import LearnerThread
+from otcrl.loggers import Loggers
 from otcrl.loggers.jsonl import say_unwritten
-from otcrl.protocols import Algorithm, Engine, Logger, RewardFn, Task
+from otcrl.protocols import Algorithm, Engine, RewardFn, Task
 from otcrl.rollout.collect import Collector, Progress
 from otcrl.rollout.schedule import Group, Rollouts, together
 from otcrl.rollout.scoring import check_void, has_signal, score
@@ -93,7 +94,7 @@ class Run:
     tokenizer: HFTokenizer
     rollouts: Rollouts
     thread: LearnerThread
-    logger: Logger
+    logger: Loggers
     saver: Saver
     termination: Termination
     loop: Loop
@@ -108,7 +109,7 @@ async def train_step(step: int, run: Run) -> Metrics:
     clock = Stopwatch()
     signal = partial(has_signal, run.reward)
     playing = run.rollouts.collect(step, signal, run.bars(f"step {step} rollout"))
-    harvest = await run.termination.unless(playing)
+    harvest = await run.termination.all_unless(playing, run.thread)
     if dist.size() > 1:
         harvest = together(await run.thread(dist.gather, harvest.plain, f"step {step}: the other ranks' rollouts"))
     check_void(harvest.groups, run.loop.max_void_share)
@@ -184,9 +185,11 @@ def transcribe(
                 )
             )
     try:
-        run.transcripts.write(step, found)
+        lines = run.transcripts.write(step, found)
     except OSError as error:
         say_unwritten(run.transcripts.path, error, f"step {step} is not in it")
+    else:
+        run.logger.read(lines, step)
 
 
 async def publish(run: Run, version: int, token_ids: Sequence[Sequence[int]]) -> Metrics:

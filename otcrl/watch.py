@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from otcrl.errors import ConfigError
 from otcrl.evaluate.report import FILE, Report
+from otcrl.loggers.panel import WIDTH, averages, clock, curves, left_s, recent
 from otcrl.report.build import about
 from otcrl.report.files import Row, by_age, check_run, read_config, read_metrics
 
@@ -20,26 +20,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 OWN = ("every",)
-RECENT = 20  # steps that figures are averaged over
-SPARKS = "▁▂▃▄▅▆▇█"
-WIDTH = 40  # of a sparkline
-PHASES = ("rollout", "reward", "score", "transcripts", "update", "sync")
 FILES = ("metrics.jsonl", "sft.jsonl", "summary.json")  # whose change is news
-CURVES = {  # label -> (metric, what it is)
-    "EM": ("reward/correct", "right answers"),
-    "TC": ("calls/well_formed", "calls per trajectory"),
-    "TP": ("", "right answers per call"),
-    "reward": ("reward/value", ""),
-    "tokens": ("rollout/sampled_tokens", "sampled per trajectory"),
-}
-HEALTH = {  # label -> (metric, format)
-    "KL": ("update/kl", ".2g"),
-    "entropy": ("update/entropy", ".3g"),
-    "mismatch": ("rollout/logprob_gap_mean", ".1e"),
-    "sign reversals": ("reward/sign_reversals", ".1%"),
-    "clipped": ("update/clip_fraction", ".1%"),
-    "groups with a signal": ("reward/groups_with_signal", ".0%"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +44,7 @@ class Progress:
     @property
     def left_s(self) -> float | None:
         """Until the last training step, at the pace of the last steps; the evaluation after it not included."""
-        if self.steps is None or self.step_s is None:
-            return None
-        return max(self.steps - len(self.rows), 0) * self.step_s
+        return None if self.steps is None else left_s(self.rows, self.steps - len(self.rows))
 
 
 def read_progress(folder: Path) -> Progress:
@@ -169,77 +148,6 @@ def state(progress: Progress, now: float) -> str:
     return "; ".join(said) or "the cold start"
 
 
-def curves(rows: Sequence[Row]) -> Table:
-    from rich.table import Table
-
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column()
-    grid.add_column(justify="right")
-    for label, (name, what) in CURVES.items():
-        values = [productivity(row) if label == "TP" else row.get(name) for row in rows]
-        if any(value is not None for value in values):
-            grid.add_row(f"[bold]{label}[/]", latest(label, values[-1]), sparkline(values), f"[dim]{what}[/]")
-    return grid
-
-
-def latest(label: str, value: float | None) -> str:
-    if value is None:
-        return "no calls" if label == "TP" else ""
-    return f"{value:.3f}" if value < 100 else f"{value:.0f}"
-
-
-def productivity(row: Row) -> float | None:
-    right, calls = row.get("reward/correct"), row.get("calls/well_formed")
-    return None if right is None or not calls else right / calls
-
-
-def sparkline(values: Sequence[float | None], width: int = WIDTH) -> str:
-    """Means over as many equal parts as there is room for, drawn between the lowest and the highest."""
-    count = min(width, len(values))
-    cuts = [round(k * len(values) / count) for k in range(count + 1)]
-    parts = [[v for v in values[start:end] if v is not None] for start, end in pairwise(cuts)]
-    means = [sum(part) / len(part) if part else None for part in parts]
-    known = [mean for mean in means if mean is not None]
-    low, room = min(known), max(known) - min(known)
-    level = lambda mean: round((len(SPARKS) - 1) * (mean - low) / room) if room else 3  # noqa: E731
-    return "".join(" " if mean is None else SPARKS[level(mean)] for mean in means)
-
-
-def averages(rows: Sequence[Row]) -> Table:
-    """Phases, tools and health of the last steps."""
-    from rich.table import Table
-
-    health = {label: (recent(rows, name), form) for label, (name, form) in HEALTH.items()}
-    said = [f"{label} {value:{form}}" for label, (value, form) in health.items() if value is not None]
-    grid = Table.grid(padding=(0, 2))
-    grid.add_row("[bold]step[/]", ", ".join(phase_words(rows)))
-    grid.add_row("[bold]tools[/]", ", ".join(tool_words(rows)))
-    grid.add_row("[bold]update[/]", ", ".join(said))
-    grid.add_row("", f"[dim]means of the last {min(RECENT, len(rows))} steps[/]")
-    return grid
-
-
-def phase_words(rows: Sequence[Row]) -> Iterator[str]:
-    total = recent(rows, "time/step_s") or 0.0
-    yield f"{total:.3g} s"
-    for name in PHASES:
-        value = recent(rows, f"time/{name}_s")
-        if value and value >= 0.005 * total:  # what is next to nothing is not named
-            yield f"{name} {value:.2g} s ({value / total:.0%})"
-
-
-def tool_words(rows: Sequence[Row]) -> Iterator[str]:
-    emitted = recent(rows, "calls/emitted")
-    wrong = [recent(rows, f"calls/{name}") or 0.0 for name in ("failed", "invalid")]
-    if emitted:
-        yield f"{sum(wrong) / emitted:.1%} of calls failed or malformed"
-    void, tool_s = recent(rows, "rollout/void_share"), recent(rows, "perf/tool_s")
-    if void is not None:
-        yield f"[{'red' if void > 0.05 else 'default'}]{void:.1%} of trajectories lost to infrastructure[/]"
-    if tool_s is not None:
-        yield f"{tool_s:.2g} s per trajectory"
-
-
 def evaluations(reports: dict[str, Report]) -> Table:
     from rich import box
     from rich.table import Table
@@ -250,17 +158,3 @@ def evaluations(reports: dict[str, Report]) -> Table:
         shown = ["no calls" if e.value is None else f"{e.value:.3f} [dim]{e.low:.2f}-{e.high:.2f}[/]" for e in figures]
         table.add_row(name, *shown, str(report.overall.questions))
     return table
-
-
-def recent(rows: Sequence[Row], name: str) -> float | None:
-    """Mean over the last steps that logged it; None when none did."""
-    values = [value for row in rows[-RECENT:] if (value := row.get(name)) is not None]
-    return sum(values) / len(values) if values else None
-
-
-def clock(duration_s: float) -> str:
-    """1:05 min, 2:03:00 h."""
-    whole = round(duration_s)
-    minutes, s = divmod(whole, 60)
-    h, m = divmod(minutes, 60)
-    return f"{h}:{m:02}:{s:02} h" if h else f"{m}:{s:02} min"

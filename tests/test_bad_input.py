@@ -166,6 +166,8 @@ IMPOSSIBLE = {
     "resume=": "resume must be str, got ",
     "resume_changed=yes please": "resume_changed must be bool, got 'yes please'",
     "loop.keep_best=3": "loop.keep_best must be str | None, got 3",
+    "logger=[console,wandbb]": "logger=wandbb: there is no such yaml. Did you mean 'wandb'?",
+    "logger=[]": "'logger=[]': logger is chosen by name. Choose from: console, prometheus, tensorboard, wandb.",
     "engine.tool_steps=-1": "engine: tool_steps must be 0 or more, got -1",
     "engine.tool_patience_s=-1": "engine: tool_patience_s must be 0 or more, got -1.0",
     "learner.critic_trunk=share": "learner.critic_trunk must be 'own' or 'shared', got 'share'. Did you mean 'shared'?",

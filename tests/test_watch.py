@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from otcrl import cli
-from otcrl.watch import SPARKS, clock, read_progress, sparkline, view
+from otcrl.loggers.panel import SPARKS, clock, sparkline
+from otcrl.watch import read_progress, view
 from tests.runs import write_run
 
 ROOT = Path(__file__).parents[1]

@@ -1,11 +1,12 @@
-"""Where metrics go. A logger writes down and decides nothing; the names are the same everywhere."""
+"""Where metrics go. A logger writes down and decides nothing; the names are the same everywhere (docs/metrics.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from otcrl.protocols import Logger
+from otcrl.protocols import Logger, Reads
 from otcrl.types import Metrics
 
 
@@ -18,6 +19,12 @@ class Loggers:
     def log(self, metrics: Metrics, step: int) -> None:
         for logger in self.loggers:
             logger.log(metrics, step)
+
+    def read(self, transcripts: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Trajectories of the step, as transcripts.jsonl has them, for those loggers that show any."""
+        for logger in self.loggers:
+            if isinstance(logger, Reads):
+                logger.read(transcripts, step)
 
     def close(self) -> None:
         for logger in self.loggers:

@@ -1,10 +1,12 @@
-"""Progress bars that share the terminal with the lines of metrics."""
+"""Progress bars that share the terminal with the lines of metrics, and with a panel beneath them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from rich.console import Console
+from rich import get_console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -14,6 +16,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segments
+
+REFRESHES = 4  # a second; the learner computes in the same process
 
 
 class Bars:
@@ -22,7 +27,12 @@ class Bars:
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
         ends = (TimeElapsedColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, *ends, console=console, transient=True, disable=quiet)
+        self._console, self._quiet = console or get_console(), quiet
+        self._progress = Progress(*columns, *ends, console=self._console, disable=quiet)  # `_live` draws it
+        self._panel: RenderableType | None = None
+        self._live = Live(
+            console=self._console, transient=True, refresh_per_second=REFRESHES, get_renderable=self._everything
+        )
 
     def __call__(self, name: str) -> Callable[[int, int], None]:
         task: TaskID | None = None
@@ -38,9 +48,18 @@ class Bars:
 
         return update
 
+    def show(self, panel: RenderableType) -> None:
+        """Beneath the bars, until another is shown. It is drawn now, and as it is again and again."""
+        lines = self._console.render_lines(panel, pad=False, new_lines=True)
+        self._panel = Segments([segment for line in lines for segment in line])
+
+    def _everything(self) -> RenderableType:
+        return self._progress if self._panel is None else Group(self._progress, self._panel)
+
     def __enter__(self) -> Bars:
-        self._progress.start()
+        if not self._quiet:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._live.stop()

@@ -14,11 +14,11 @@ from otcrl.report import measure
 from otcrl.report.attempts import TRAIN, Attempt, fewest_calls
 from otcrl.report.files import Row, RunFiles
 from otcrl.report.segments import segments
+from otcrl.secrets import public
 
 KINDS = ("reasoning", "call", "observation", "answer")
 PER_TOKEN = ("logprobs", "versions", "advantages", "ratios")
 DIGITS = 6  # of a figure, significant ones
-SECRETS = ("token", "api_key", "password", "secret")  # settings whose values a page that is passed on must not hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +152,6 @@ def about(config: Mapping[str, Any]) -> dict[str, str]:
     if "seed" in config:
         words["seed"] = str(config["seed"])
     return words
-
-
-def public(node: Any) -> Any:
-    """The config without what is nobody else's business."""
-    if not isinstance(node, Mapping):
-        return node
-    return {key: "..." if key in SECRETS and value else public(value) for key, value in node.items()}
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[list[Any]]:

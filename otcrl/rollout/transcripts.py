@@ -112,10 +112,11 @@ class Transcripts:
     tokenizer: Tokenizer
     known: dict[int, str] = field(default_factory=dict, repr=False)  # what single tokens decode to
 
-    def write(self, step: int, transcripts: Iterable[Transcript]) -> None:
-        """All of them or, where that raises OSError, none."""
-        lines = (transcript.line(step, self.tokenizer, self.known) for transcript in transcripts)
+    def write(self, step: int, transcripts: Iterable[Transcript]) -> list[dict[str, object]]:
+        """All of them or, where that raises OSError, none. Returns what the lines hold."""
+        lines = [transcript.line(step, self.tokenizer, self.known) for transcript in transcripts]
         text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
         with self.path.open("ab", buffering=0) as file:
             # half of a surrogate pair, which a tool's JSON may hold, is no UTF-8: written as \ud800, it is JSON
             append(file, text.encode(errors="backslashreplace"))
+        return lines
