@@ -293,6 +293,23 @@ def require(command: str, named: Mapping[str, str], *names: str) -> None:
             raise ConfigError(f"otcrl {command} needs {name}=...")
 
 
+# -- doctor, completion --------------------------------------------------------------------------------------
+
+
+def doctor(settings: list[str], flags: frozenset[str]) -> int:
+    from otcrl.doctor import doctor
+
+    for setting in settings:
+        raise ConfigError(f"otcrl doctor has no setting {setting!r}")
+    return doctor(as_json="--json" in flags)
+
+
+def completion(settings: list[str], flags: frozenset[str]) -> int:
+    from otcrl.completion import run
+
+    return run(settings, COMMANDS)
+
+
 # -- help -------------------------------------------------------------------------------------------
 
 COMMANDS = {
@@ -458,11 +475,31 @@ COMMANDS = {
         {},
         lists_presets=False,
     ),
+    "doctor": Command(
+        "what this machine can run, and the line that fixes what it lacks; exit code 1 when nothing runs",
+        "",
+        ("otcrl doctor", "otcrl doctor --json"),
+        doctor,
+        {"--json": "the same for programs"},
+        lists_presets=False,
+    ),
+    "completion": Command(
+        "completion of commands, presets and settings for your shell",
+        "bash|zsh|fish",
+        (
+            "source <(otcrl completion bash)                               # add it to ~/.bashrc",
+            'otcrl completion zsh > "${fpath[1]}/_otcrl"                   # and start a new shell',
+            "otcrl completion fish > ~/.config/fish/completions/otcrl.fish",
+        ),
+        completion,
+        {},
+        lists_presets=False,
+    ),
 }
 
 
 def overview() -> str:
-    rows = [f"  {name:<8} {command.summary}" for name, command in COMMANDS.items()]
+    rows = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "otcrl: train tool-using LLM agents that answer right with the fewest tool calls",

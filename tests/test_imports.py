@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "otcrl").rglob("*.py"))
 
 # A module may import what stands on its own line or above it, never below.
 LAYERS = (
-    ("errors", "presets", "bucketing", "packing"),
+    ("errors", "presets", "secrets", "bucketing", "packing"),
     ("jsonlines", "sealed"),
     ("types",),
     ("protocols",),
@@ -22,7 +22,7 @@ LAYERS = (
     ("algos", "rewards", "rollout", "tools", "tasks", "dialects", "models"),
     ("learner",),
     ("health", "train", "sft", "evaluate", "experiment", "plan", "report", "watch"),
-    ("build", "serve", "indexing", "data", "export"),
+    ("build", "serve", "indexing", "data", "export", "doctor", "completion"),
     ("cli",),
     ("__main__",),
 )
@@ -37,6 +37,8 @@ DOORS = {  # only these files import it
     "faiss": ("tools/retrieval/",),
     "bm25s": ("tools/retrieval/lexical.py",),
     "wandb": ("loggers/wandb.py",),
+    "tensorboard": ("loggers/tensorboard.py",),
+    "prometheus_client": ("loggers/prometheus.py", *SERVERS),
     "pydantic": ("construct.py", *SERVERS),
     "fastapi": SERVERS,
     "httpx": ("tools/remote.py",),
