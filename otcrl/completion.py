@@ -183,11 +183,10 @@ def composed(words: Sequence[str]) -> Config:
     if "conf" not in typed and run.is_file():
         return read(run)
     primary = read(conf_dir() / "config.yaml")
-    named = preset(typed.get("conf"))
-    overlays = [named, scale(typed.get("scale"))]
+    named = overlay("experiment", typed.get("conf"))
+    overlays = [named, overlay("scale", typed.get("scale"))]
     entries = [entry for entry in primary.pop("defaults") if isinstance(entry, dict)]
-    for overlay in overlays:
-        entries += [entry for entry in overlay.pop("defaults", []) if isinstance(entry, dict)]
+    entries += [entry for each in overlays for entry in each.pop("defaults", [])]
     chosen = {key.removeprefix("override /"): name for entry in entries for key, name in entry.items()}
     chosen |= {group: name for group, name in typed.items() if group in groups()}
     sections: Config = {}
@@ -196,8 +195,8 @@ def composed(words: Sequence[str]) -> Config:
             sections = merged(sections, {group: section(group, name)})
         if group in typed and group in named:
             named[group] = fitting(named[group], sections[group])
-    for overlay in overlays:
-        primary = merged(primary, overlay)
+    for each in overlays:
+        primary = merged(primary, each)
     return merged(sections, primary)
 
 
@@ -215,19 +214,23 @@ def section(group: str, name: str) -> Config:
     return merged(below, node)
 
 
-def preset(name: str | None) -> Config:
+def overlay(folder: str, name: str | None) -> Config:
+    """A preset or a scale, on top of those that it is based on; `defaults` are the choices of them all."""
     if name is None:
         return {}
-    return read(Path(name) if name.endswith((".yaml", ".yml")) else conf_dir() / "experiment" / f"{name}.yaml")
-
-
-def scale(name: str | None) -> Config:
-    if name is None:
-        return {}
-    node = read(conf_dir() / "scale" / f"{name}.yaml")
-    for part in [part for part in node.get("defaults", []) if isinstance(part, str)]:
-        node = merged(scale(part), node | {"defaults": scale(part).get("defaults", [])})
-    return node
+    node = read(Path(name) if name.endswith((".yaml", ".yml")) else conf_dir() / folder / f"{name}.yaml")
+    entries = node.pop("defaults", [])
+    own = [entry for entry in entries if isinstance(entry, dict)]
+    chosen = {key.removeprefix("override /"): choice for entry in own for key, choice in entry.items()}
+    below: Config = {"defaults": []}
+    for base in entries:
+        if isinstance(base, str) and base != "_self_":
+            part = overlay(folder, base)
+            part |= {
+                group: fitting(part[group], section(group, chosen[group])) for group in chosen.keys() & part.keys()
+            }
+            below = merged(below, part) | {"defaults": [*below["defaults"], *part.get("defaults", [])]}
+    return merged(below, node) | {"defaults": [*below["defaults"], *own]}
 
 
 def merged(below: Config, above: Config) -> Config:

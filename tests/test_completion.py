@@ -83,7 +83,7 @@ def test_runs_are_offered_where_they_are_named(tmp_path, monkeypatch):
     "words",
     [
         *(["conf=" + preset] for preset in PRESETS),
-        *([f"conf={PRESETS[0]}", f"{group}={name}"] for group in ("algo", "engine") for name in options(group)),
+        *(["conf=quickstart", f"{group}={name}"] for group in ("algo", "engine") for name in options(group)),
         ["conf=quickstart", "logger=[console,wandb]"],
         ["conf=quickstart", "tools=search_python"],
         ["conf=quickstart", "scale=2x8gpus"],
