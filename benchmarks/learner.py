@@ -192,7 +192,7 @@ def table(part: str, found: Costs, options: Options) -> list[Row]:
     tokens = int(batch.attention_mask.sum())
     return [
         line(
-            part, case.name, **cost, tokens_per_s=tokens / cost["wall_s"],
+            part, case.name, **cost, trajectories=len(batch.rewards), tokens_per_s=tokens / cost["wall_s"],
             mfu=utilisation(batch, case, cost["wall_s"], options.model),
         )
         for case, cost in found.items()

@@ -130,7 +130,7 @@ def write_batch(path: Path, lengths: Lengths, model: PreTrainedModel, precision:
     torch.save(asdict(batch), path)
 
 
-COLUMNS = ("wall_s", "cpu_s", "tokens_per_s", "peak_gb", "loss", "grad_norm", "gradient_gap", "mfu")
+COLUMNS = ("trajectories", "wall_s", "cpu_s", "tokens_per_s", "peak_gb", "loss", "grad_norm", "gradient_gap", "mfu")
 
 
 def line(part: str, what: str, **found: float | None) -> Row:
