@@ -233,7 +233,7 @@ class Ours:
             deepspeed=DeepSpeed(
                 zero_stage=2, offload="none", offload_params="none", nvme_path=None, bucket=1e8, overlap=True
             ),
-            lora=Lora(rank=0, alpha=32, targets="all-linear"),
+            lora=Lora(rank=0, alpha=32, targets="all-linear"), critic_trunk="own",
         )  # fmt: skip
         backend = self.learner.backends["policy"]
         assert isinstance(backend, TorchBackend)
