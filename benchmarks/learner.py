@@ -192,7 +192,7 @@ def table(part: str, found: Costs, options: Options) -> list[Row]:
     tokens = int(batch.attention_mask.sum())
     return [
         line(
-            part, case.name, **cost, tokens_per_s=tokens / cost["wall_s"],
+            part, case.name, **cost, trajectories=len(batch.rewards), tokens_per_s=tokens / cost["wall_s"],
             mfu=utilisation(batch, case, cost["wall_s"], options.model),
         )
         for case, cost in found.items()
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=8, help="of 8 trajectories")
     parser.add_argument("--part", type=int, default=2, help="of them, where a part of the batch will do")
     parser.add_argument(
-        "--rows", type=int, default=8, help="in a pass of TRL, whose default it is, and of the plain loop"
+        "--rows", type=int, default=4, help="in a pass of TRL and of the plain loop; 8, its default, hold 21 GB"
     )
     parser.add_argument(
         "--micro-tokens", type=int, default=2048, help="in a pass of otcrl, as its SmolLM2 presets have"

@@ -130,7 +130,7 @@ def write_batch(path: Path, lengths: Lengths, model: PreTrainedModel, precision:
     torch.save(asdict(batch), path)
 
 
-COLUMNS = ("wall_s", "cpu_s", "tokens_per_s", "peak_gb", "loss", "grad_norm", "gradient_gap", "mfu")
+COLUMNS = ("trajectories", "wall_s", "cpu_s", "tokens_per_s", "peak_gb", "loss", "grad_norm", "gradient_gap", "mfu")
 
 
 def line(part: str, what: str, **found: float | None) -> Row:
@@ -234,7 +234,7 @@ class Ours:
             deepspeed=DeepSpeed(
                 zero_stage=2, offload="none", offload_params="none", nvme_path=None, bucket=1e8, overlap=True
             ),
-            lora=Lora(rank=0, alpha=32, targets="all-linear"),
+            lora=Lora(rank=0, alpha=32, targets="all-linear"), critic_trunk="own",
         )  # fmt: skip
         backend = self.learner.backends["policy"]
         assert isinstance(backend, TorchBackend)

@@ -119,7 +119,7 @@ def test_likelihoods_far_below_any_float_are_still_exact():
 
 @pytest.mark.parametrize("grows", [1, -1], ids=["growing", "falling"])
 def test_logits_that_dwarf_those_of_the_tile_before_lose_nothing(grows):
-    logits = torch.arange(12, dtype=torch.float64)[::grows, None] * 300.0
+    logits = 300.0 * grows * torch.arange(12, dtype=torch.float64)[:, None]
     logits[3] = logits[4]  # likely words in two tiles
     logprobs, entropy = linear_logprobs(
         torch.ones(12, 1, dtype=torch.float64), logits, None, torch.arange(12), entropy="measure", tile=(5, 4)
