@@ -72,7 +72,7 @@ def page_of(target: str) -> str:
     path = ROOT / target
     if target == "README.md":
         return "index.md"
-    if target.startswith("docs/"):
+    if target.startswith("docs/") and path.suffix != ".py":  # exclude_docs leaves scripts out
         return target.removeprefix("docs/")
     if path.is_dir():
         return f"source/{target}/index.md"
