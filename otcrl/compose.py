@@ -143,7 +143,7 @@ def stage_preset(preset: Path, copy: Path, chosen: Mapping[str, str], search: Se
     for base in bases:
         files = [root / "experiment" / f"{base}.yaml" for root in search]
         if path := next((path for path in files if path.is_file()), None):
-            stage_preset(path, copy.with_name(path.name), choices | chosen, search)
+            stage_preset(path, copy.with_name(path.name), {**choices, **chosen}, search)
 
 
 def defaults(content: Config) -> tuple[list[str], dict[str, str]]:
