@@ -486,8 +486,8 @@ def test_a_critic_on_the_policys_trunk_says_and_learns_what_passes_of_their_own_
         for (name, a), (_, b) in zip(own.named_parameters(), expected.named_parameters(), strict=True):
             assert a.grad is not None
             assert b.grad is not None
-            assert torch.allclose(a.grad, b.grad, atol=1e-9, rtol=1e-6), name
-            assert b.grad.abs().max() > 1e-6, name
+            assert torch.allclose(a.grad, b.grad, atol=1e-5, rtol=1e-4), name  # norms compute in float32
+            assert b.grad.abs().max() > 1e-4, name
 
 
 @pytest.mark.parametrize("packing", ["shared", "packed", "padded"])
