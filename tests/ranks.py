@@ -141,13 +141,13 @@ def restored(algo: str, learner: Any, settings: dict[str, Any]) -> bool:
 # -- a model that no rank ever has the whole of ------------------------------------------------------------
 
 
-def large() -> LlamaForCausalLM:
-    """16 layers, each of which is a small part of it: 53 MB."""
+def large(layers: int = 16) -> LlamaForCausalLM:
+    """Each layer is a small part of it: 55 MB."""
     torch.manual_seed(3)
     sizes: dict[str, Any] = {
         "hidden_size": 256,
         "intermediate_size": 768,
-        "num_hidden_layers": 16,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
     }
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=4, **sizes))
@@ -179,9 +179,11 @@ def from_file(folder: Path) -> dict[str, Any]:
     """A PPO update of a model that was split as it was loaded, and what each rank held of it meanwhile."""
     if dist.is_first():
         large().save_pretrained(folder)
+        large(layers=1).save_pretrained(folder / "small")
     dist.barrier("the model's file")
     settings = zero(3, "none")
     with made_split(settings, torch.float32):
+        LlamaForCausalLM.from_pretrained(folder / "small")  # what loading any model needs is there now
         with Peak() as peak:
             policy = LlamaForCausalLM.from_pretrained(folder)
         reference, critic = twin(policy).requires_grad_(False), Critic(policy)
