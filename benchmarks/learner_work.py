@@ -230,7 +230,6 @@ class Ours:
             policy=model, reference=None, critic=None, steps=1, seed=0, temperature=1.0, policy_optimizer=ADAMW,
             critic_optimizer=ADAMW, epochs=1, minibatch_size=0, packing=packing, micro_tokens=micro_tokens,
             max_grad_norm=MAX_NORM, max_skipped=0, old_logprobs="sampler", autocast=precision, backend="torch",
-            critic_trunk="own",
             deepspeed=DeepSpeed(
                 zero_stage=2, offload="none", offload_params="none", nvme_path=None, bucket=1e8, overlap=True
             ),
