@@ -127,7 +127,8 @@ def setup() -> tuple[list[str], dict[str, list[str]]]:
     """What setup.py requires, and its extras."""
     code = (ROOT / "setup.py").read_text()
     names: dict[str, Any] = {}
-    keep: list[ast.stmt] = [node for node in ast.parse(code).body if isinstance(node, ast.Assign)]
+    assigned = [node for node in ast.parse(code).body if isinstance(node, ast.Assign)]
+    keep: list[ast.stmt] = [it for it in assigned if ast.unparse(it.targets[0]) in ("WORDS", "PROGRAMS", "EXTRAS")]
     exec(compile(ast.Module(keep, []), "setup.py", "exec"), names)
     call = next(
         node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.keyword) and node.arg == "install_requires"
