@@ -42,8 +42,6 @@ EXTRAS = {
     "tensorboard": ["tensorboard>=2.16"],
     # The site of docs/: pages, the API from docstrings, the plots that docs/plots.py draws.
     "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0", "matplotlib>=3.9"],
-    # TensorBoard logging (logger=tensorboard), and the program that shows it.
-    "tensorboard": ["tensorboard>=2.16"],
     # What `make test` runs, beside the extras above: SandboxFusion's own client against our server, and a fuzzer of it;
     # the report in the system's browser (apt-get install chromium), without which its tests are skipped; linters of
     # docker/, and the schemas of Kubernetes and Compose.
