@@ -1,11 +1,13 @@
 """What every test may rely on."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run side by side
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background Ctrl-C would reach no child
 
 
 @pytest.fixture(scope="session")

@@ -419,7 +419,10 @@ def test_ctrl_c_stops_at_once_and_leaves_nothing_behind(
     time.sleep(0.5)
     started = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the children too
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert (process.returncode, err) == (130, "otcrl: interrupted\n")
     while any(Path(f"/proc/{pid}").exists() for pid in started):  # the kernel reaps what bubblewrap held
         assert time.monotonic() < deadline + 30
