@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from otcrl.errors import ConfigError, nearest
 from otcrl.presets import conf_dir, groups, options, presets
+from otcrl.settings import leaves
 
 Config = dict[str, Any]
 
@@ -102,7 +103,7 @@ def of_command(command: Command, words: Sequence[str], current: str) -> list[str
         return [f"{key}={choice}" for choice in values(command, config, key, value)]
     own = [f"{name}=" for name in re.findall(r"(?<![\w.])([a-z_]+)=", command.usage) if name != "key"]
     chosen = [f"{name}=" for name in (*groups(), "scale")] if command.lists_presets else []
-    return [*positional(command, current), *own, *chosen, *next_level(settings(config), current)]
+    return [*positional(command, current), *own, *chosen, *next_level(leaves(config), current)]
 
 
 # -- what a usage line says ---------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def values(command: Command, config: Config, key: str, value: str) -> Iterator[s
         yield from (f"{head}{name}" for name in options(key) if name not in head)
     elif key in (*groups(), "scale"):
         yield from (f"{name} " for name in options(key))
-    elif command.lists_presets and key in (known := settings(config)):
+    elif command.lists_presets and key in (known := leaves(config)):
         yield from (f"{shown} " for shown in written(known[key]))
     else:
         yield from (f"{choice} " for choice in choices(command, key))
@@ -162,17 +163,6 @@ def next_level(names: Iterable[str], current: str) -> list[str]:
         if name.startswith(current):
             section, dot, _ = name[len(current) :].partition(".")
             found.append(f"{current}{section}." if dot else f"{name}=")
-    return found
-
-
-def settings(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> value of what can be set."""
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            found |= settings(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
     return found
 
 

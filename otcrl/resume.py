@@ -18,6 +18,7 @@ from otcrl import checkpoint, dist, sealed
 from otcrl.checkpoint import Checkpoint
 from otcrl.compose import load, to_yaml
 from otcrl.errors import ConfigError, DataError, OtcrlError
+from otcrl.settings import leaves
 
 T = TypeVar("T")
 Config = Mapping[str, Any]
@@ -169,15 +170,6 @@ def tell_differences(found: Checkpoint) -> None:
         differing.append(f"ranks {found.about['ranks']} -> {dist.size()}")
     if differing:
         tell(f"from here on the same up to rounding: {', '.join(differing)}")
-
-
-def leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Every setting that is not a section, by its dotted key."""
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def shown(value: object) -> str:

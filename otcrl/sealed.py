@@ -29,7 +29,7 @@ def whole(final: Path) -> Iterator[Path]:
     try:
         yield temporary
         publish(temporary, final)
-    except BaseException:
+    except BaseException:  # whatever it is goes on, and leaves nothing half written
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 

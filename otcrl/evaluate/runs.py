@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import yaml
 from otcrl.errors import DataError, nearest
 from otcrl.evaluate.report import FILE, Report
 from otcrl.loggers.jsonl import whole_lines
+from otcrl.settings import leaves
 from otcrl.types import Metrics
 
 EVAL = "eval"
@@ -124,16 +125,8 @@ NAMES = ("name", "run_dir", "resume", "run", "checkpoint")  # settings that say 
 
 def changed_settings(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, object, object]]:
     """(setting, in the first, in the second) where two configs differ; None where a config has no such setting."""
-    one, other = (dict(_leaves({k: v for k, v in config.items() if k not in NAMES})) for config in (first, second))
+    one, other = (dict(leaves({k: v for k, v in config.items() if k not in NAMES})) for config in (first, second))
     return [(key, one.get(key), other.get(key)) for key in {**one, **other} if one.get(key) != other.get(key)]
-
-
-def _leaves(node: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def steps(run: Path) -> list[Metrics]:

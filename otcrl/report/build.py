@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from otcrl.report.attempts import TRAIN, Attempt, fewest_calls
 from otcrl.report.files import Row, RunFiles
 from otcrl.report.segments import segments
 from otcrl.secrets import public
+from otcrl.settings import leaves
 
 KINDS = ("reasoning", "call", "observation", "answer")
 PER_TOKEN = ("logprobs", "versions", "advantages", "ratios")
@@ -155,19 +156,10 @@ def about(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def differences(configs: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    settings_R = [dict(leaves(public(config))) for config in configs]
+    settings_R = [{name: str(value) for name, value in leaves(public(config))} for config in configs]
     names = dict.fromkeys(name for settings in settings_R for name in settings)
     rows = [[name, *(settings.get(name) for settings in settings_R)] for name in names]
     return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, value as text) of every setting."""
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(value)
 
 
 def series(rows: Sequence[Row]) -> dict[str, list[Any]]:
