@@ -103,7 +103,7 @@ def of_command(command: Command, words: Sequence[str], current: str) -> list[str
         return [f"{key}={choice}" for choice in values(command, config, key, value)]
     own = [f"{name}=" for name in re.findall(r"(?<![\w.])([a-z_]+)=", command.usage) if name != "key"]
     chosen = [f"{name}=" for name in (*groups(), "scale")] if command.lists_presets else []
-    return [*positional(command, current), *own, *chosen, *next_level(leaves(config), current)]
+    return [*positional(command, current), *own, *chosen, *next_level(dict(leaves(config)), current)]
 
 
 # -- what a usage line says ---------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def values(command: Command, config: Config, key: str, value: str) -> Iterator[s
         yield from (f"{head}{name}" for name in options(key) if name not in head)
     elif key in (*groups(), "scale"):
         yield from (f"{name} " for name in options(key))
-    elif command.lists_presets and key in (known := leaves(config)):
+    elif command.lists_presets and key in (known := dict(leaves(config))):
         yield from (f"{shown} " for shown in written(known[key]))
     else:
         yield from (f"{choice} " for choice in choices(command, key))
