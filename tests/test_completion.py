@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from otcrl import cli
-from otcrl.completion import composed, settings, suggestions
+from otcrl.completion import composed, suggestions
 from otcrl.presets import groups, options, presets
+from otcrl.settings import leaves
 
 ROOT = Path(__file__).parents[1]
 PRESETS = [preset.name for preset in presets()]
@@ -96,14 +97,14 @@ def test_the_settings_are_those_that_hydra_composes(words):
     theirs = None
     for extra in ([], [word for word in filled if word.startswith(tuple(w.partition("=")[0] for w in words))]):
         try:
-            theirs = settings(cli.run_config([*words, *extra]))
+            theirs = dict(leaves(cli.run_config([*words, *extra])))
             break
         except cli.ConfigError as error:
             if "Missing mandatory value" not in str(error):
                 raise
     if theirs is None:
         pytest.skip("this choice needs a value that nobody has by default")
-    ours = settings(composed(words))
+    ours = dict(leaves(composed(words)))
     assert ours.keys() == theirs.keys()
     same = {name for name in ours if "${" not in str(ours[name]) and "???" not in str(ours[name])}
     typed = {word.partition("=")[0] for word in words}
