@@ -10,9 +10,8 @@ import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +19,7 @@ from otcrl import checkpoint, dist
 from otcrl.algos.mismatch import Correction
 from otcrl.compose import load, to_yaml
 from otcrl.construct import Constructor, check_section, construct, construct_as, locate, wired_parts
-from otcrl.errors import ConfigError, DataError
-from otcrl.evaluate.attempts import check_column
+from otcrl.errors import ConfigError
 from otcrl.experiment import Evaluate, Experiment, cold_start, evaluate, run_experiment
 from otcrl.health import Health
 from otcrl.learner.deepspeed_backend import DeepSpeed, made_split
@@ -35,18 +33,21 @@ from otcrl.models.critic import Critic, SharedCritic
 from otcrl.models.lora import Lora
 from otcrl.models.published import is_split
 from otcrl.models.twin import twin
+from otcrl.preflight import (
+    check_demonstrations,
+    check_dialect,
+    check_evaluation,
+    check_group_size,
+    check_names,
+    check_questions,
+)
 from otcrl.presets import conf_dir
 from otcrl.protocols import (
     Algorithm,
-    Calls,
     Dialect,
     Engine,
     Logger,
-    Malformed,
-    Prepares,
-    RewardFn,
     Task,
-    Tokenizer,
     Tool,
 )
 from otcrl.resume import Start, find_start, identities, unwritable
@@ -57,7 +58,7 @@ from otcrl.rollout.stream import Stream
 from otcrl.rollout.transcripts import Transcripts
 from otcrl.saver import Saver
 from otcrl.secrets import public
-from otcrl.sft import Sft, batch
+from otcrl.sft import Sft
 from otcrl.termination import Termination
 from otcrl.tools.retrieval.corpus import Passage
 from otcrl.train import Loop, Run
@@ -68,7 +69,6 @@ if TYPE_CHECKING:
     from otcrl.models.tokenizer import HFTokenizer
 
 Config = Mapping[str, Any]  # plain nested values, as `compose` hands them on
-MOST_CHECKED = 2000  # prompts of each split that are tried before a run begins
 
 
 def run_train(cfg: Config) -> None:
@@ -78,7 +78,7 @@ def run_train(cfg: Config) -> None:
     start = find_start(cfg)
     config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
     world = build_world(cfg, trains=True)
-    check_evaluation(config, world)
+    check_evaluation(config, world.task, world.dialect)
     with Bars(quiet=not dist.is_first()) as bars:
         run = build_run(cfg, world, bars, start)
         try:
@@ -123,7 +123,7 @@ def run_sft(cfg: Config) -> None:
     world = build_world(cfg, trains=True)
     if world.sft.steps < 1:
         raise ConfigError("sft.steps is 0: there is nothing to do")
-    check_demonstrations(world)
+    check_demonstrations(world.sft, world.task, world.dialect, world.tokenizer, world.tools)
     plain = {"reference": None, "critic": None, "steps": 0, "seed": cfg["seed"], "temperature": 1.0}
     learner = construct_as(Learner, cfg["learner"], "learner", policy=world.model, **plain)
     folder = Path(cfg["run_dir"])
@@ -156,7 +156,7 @@ def run_eval(cfg: Config) -> None:
     world = build_world(cfg, weights=needs_model)
     if not world.task.held_out():
         raise ConfigError("the task has no evaluation problems: name a file, data=FILE")
-    check_evaluation(config, world)
+    check_evaluation(config, world.task, world.dialect)
     parts = {"model": world.model.eval()} if needs_model else {}
     engine = construct(cfg["engine"], "engine", tokenizer=world.tokenizer, **parts)
     collector = build_collector(cfg, world, engine)
@@ -339,7 +339,7 @@ def build_run(cfg: Config, world: World, bars: Bars, start: Start) -> Run:
     learner = build_learner(cfg, world, algo, collector, loop)
     check_questions(collector.player, world.task, loop)
     if world.sft.steps and start.checkpoint is None and start.cold is None:
-        check_demonstrations(world)
+        check_demonstrations(world.sft, world.task, world.dialect, world.tokenizer, world.tools)
     proof = construct_as(Proof, cfg["sync"], "sync")
     health = construct_as(Health, cfg["health"], "health")
     folder = start.folder
@@ -394,79 +394,6 @@ def build_saver(
     for row in earlier:
         saver.best.hear(row["step"], row)
     return saver
-
-
-# -- what can only be seen when the parts are together -------------------------------------------------
-
-
-def check_names(cfg: Config) -> None:
-    kinds = {"name": str, "run_dir": str, "seed": int, "resume": str, "resume_changed": bool}
-    for key, kind in kinds.items():
-        if type(cfg[key]) is not kind or not str(cfg[key]):
-            raise ConfigError(f"{key} must be {kind.__name__}, got {cfg[key]!r}")
-    threads = cfg.get("threads")
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise ConfigError(f"threads must be null or at least 1, got {threads!r}")
-    if not 0 <= cfg["seed"] < 2**32:
-        raise ConfigError(f"seed must be at least 0 and below 2**32, got {cfg['seed']}")
-
-
-def check_group_size(size: int, algo: Algorithm, reward: RewardFn) -> None:
-    """Raises ConfigError for one trajectory a problem where the algorithm or the reward compares siblings."""
-    for part, instead in ((algo, "algo=ppo or algo=reinforce_pp"), (reward, "reward=otc_ppo")):
-        if size < 2 and part.needs_groups:
-            raise ConfigError(
-                f"rollout.group_size is {size}, and {type(part).__name__} compares trajectories of one problem: "
-                f"use 2 or more, or {instead}"
-            )
-
-
-def check_dialect(dialect: Dialect, task: Task, tokenizer: Tokenizer, tools: Mapping[str, Tool]) -> None:
-    """Raises ConfigError when the task needs another dialect, or it cannot be written or cannot use the tools."""
-    imitates = getattr(dialect, "calls", "run") == "imitate"
-    if imitates != getattr(task, "imitates", False):
-        what = "compares a whole turn" if not imitates else "is not about calls to imitate"
-        fix = "dialect=toolrl, or dialect=hermes dialect.calls=imitate" if not imitates else "dialect.calls=run"
-        raise ConfigError(f"the task {what}: use {fix}")
-    openings = (dialect.open_call(tool) for tool in tools)
-    for text in (*dialect.stop(tools), *openings, dialect.open_answer()):
-        if "".join(text.split()) not in "".join(tokenizer.decode(tokenizer.encode(text)).split()):
-            raise DataError(f"the tokenizer has no tokens for {text!r}, which the dialect needs")
-    try:
-        dialect.check(tokenizer, tools)
-    except ConfigError as error:
-        raise type(error)(f"dialect: {error}") from error
-
-
-def check_evaluation(config: Evaluate, world: World) -> None:
-    """Raises ConfigError for what an evaluation would only find out at its end."""
-    check_column(world.task.held_out(), config.difficulty)
-    if config.offloading and isinstance(world.dialect, Prepares):
-        raise ConfigError("evaluate.offloading takes tools away and forces calls, and this dialect leaves neither to "
-                          "the policy: set it to false")  # fmt: skip
-
-
-def check_questions(player: Player, task: Task, loop: Loop) -> None:
-    """Raises DataError for a prompt that is empty or too long, and ConfigError when there is nothing to ask."""
-    asked = task.sample(0, min(loop.steps * loop.problems_per_step, MOST_CHECKED))
-    held_out = task.held_out()
-    if not held_out:
-        raise ConfigError("the task has no evaluation problems, and a run is judged by them")
-    for problem in (*asked, *held_out[:MOST_CHECKED]):
-        player.check(problem)
-
-
-def check_demonstrations(world: World) -> None:
-    """Raises ConfigError for demonstrations that the cold start could not use, or that call what is not there."""
-    sft = replace(world.sft, batch_size=max(world.sft.batch_size, 64))  # so that every kind is likely to be among them
-    batch(0, world.tokenizer, world.task, world.dialect, sft)
-    for demo in world.task.demonstrations(0, sft.batch_size, world.dialect):
-        for segment, following in pairwise(demo):
-            if segment.is_action and not following.is_action:
-                action = world.dialect.parse(segment.text, world.tools)
-                for call in action.calls if isinstance(action, Calls) else [action]:
-                    if isinstance(call, Malformed):
-                        raise ConfigError(f"sft: a demonstration holds a call that cannot be made. {call.why}")
 
 
 async def closing(work: Any, world: World, engine: Engine) -> None:

@@ -12,7 +12,6 @@ from tokenizers import Regex
 from tokenizers.normalizers import Replace
 from transformers import PreTrainedTokenizerFast
 
-from otcrl.build import check_dialect
 from otcrl.dialects.hermes import Hermes
 from otcrl.dialects.retool import ReTool
 from otcrl.dialects.search_r1 import SearchR1
@@ -20,6 +19,7 @@ from otcrl.dialects.tool_calls import dumped, read
 from otcrl.dialects.toolrl import ToolRL
 from otcrl.dialects.torl import ToRL, boxed
 from otcrl.errors import ConfigError, DataError
+from otcrl.preflight import check_dialect
 from otcrl.protocols import Answer, Call, Calls, Chat, Dialect, Malformed, Message, Nothing, ToolResult
 from otcrl.tasks.question_answering import QuestionAnswering
 from otcrl.types import Problem

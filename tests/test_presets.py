@@ -13,11 +13,11 @@ import torch
 
 from otcrl import cli
 from otcrl.algos.mismatch import Correction
-from otcrl.build import check_group_size
 from otcrl.construct import construct, construct_as
 from otcrl.evaluate.report import Report
 from otcrl.experiment import Evaluate
 from otcrl.learner.optimizer import Optimizer
+from otcrl.preflight import check_group_size
 from otcrl.presets import Preset, presets
 from otcrl.rollout.loop import Limits
 from otcrl.sft import Sft

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otcrl.build import check_dialect
 from otcrl.dialects.hermes import Hermes
 from otcrl.dialects.search_r1 import SearchR1
 from otcrl.dialects.toolrl import ToolRL
 from otcrl.errors import ConfigError, DataError
+from otcrl.preflight import check_dialect
 from otcrl.protocols import Answer
 from otcrl.rewards.call_matching import accepted_calls, calls_of, same_calls
 from otcrl.tasks.question_answering import QuestionAnswering

@@ -1,0 +1,104 @@
+"""What is refused before a run begins: settings and parts that do not fit each other.
+
+Each part checks itself when it is made; here is what can only be seen when several are together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+from otcrl.errors import ConfigError, DataError
+from otcrl.evaluate.attempts import check_column
+from otcrl.experiment import Evaluate
+from otcrl.protocols import (
+    Algorithm,
+    Calls,
+    Dialect,
+    Malformed,
+    Prepares,
+    RewardFn,
+    Task,
+    Tokenizer,
+    Tool,
+)
+from otcrl.rollout.loop import Player
+from otcrl.sft import Sft, batch
+from otcrl.train import Loop
+
+MOST_CHECKED = 2000  # prompts of each split that are tried before a run begins
+
+
+def check_names(cfg: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a setting beside the groups that is of another kind or outside its range."""
+    kinds = {"name": str, "run_dir": str, "seed": int, "resume": str, "resume_changed": bool}
+    for key, kind in kinds.items():
+        if type(cfg[key]) is not kind or not str(cfg[key]):
+            raise ConfigError(f"{key} must be {kind.__name__}, got {cfg[key]!r}")
+    threads = cfg.get("threads")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise ConfigError(f"threads must be null or at least 1, got {threads!r}")
+    if not 0 <= cfg["seed"] < 2**32:
+        raise ConfigError(f"seed must be at least 0 and below 2**32, got {cfg['seed']}")
+
+
+def check_group_size(size: int, algo: Algorithm, reward: RewardFn) -> None:
+    """Raises ConfigError for one trajectory a problem where the algorithm or the reward compares siblings."""
+    for part, instead in ((algo, "algo=ppo or algo=reinforce_pp"), (reward, "reward=otc_ppo")):
+        if size < 2 and part.needs_groups:
+            raise ConfigError(
+                f"rollout.group_size is {size}, and {type(part).__name__} compares trajectories of one problem: "
+                f"use 2 or more, or {instead}"
+            )
+
+
+def check_dialect(dialect: Dialect, task: Task, tokenizer: Tokenizer, tools: Mapping[str, Tool]) -> None:
+    """Raises ConfigError when the task needs another dialect, or it cannot be written or cannot use the tools."""
+    imitates = getattr(dialect, "calls", "run") == "imitate"
+    if imitates != getattr(task, "imitates", False):
+        what = "compares a whole turn" if not imitates else "is not about calls to imitate"
+        fix = "dialect=toolrl, or dialect=hermes dialect.calls=imitate" if not imitates else "dialect.calls=run"
+        raise ConfigError(f"the task {what}: use {fix}")
+    openings = (dialect.open_call(tool) for tool in tools)
+    for text in (*dialect.stop(tools), *openings, dialect.open_answer()):
+        if "".join(text.split()) not in "".join(tokenizer.decode(tokenizer.encode(text)).split()):
+            raise DataError(f"the tokenizer has no tokens for {text!r}, which the dialect needs")
+    try:
+        dialect.check(tokenizer, tools)
+    except ConfigError as error:
+        raise type(error)(f"dialect: {error}") from error
+
+
+def check_evaluation(config: Evaluate, task: Task, dialect: Dialect) -> None:
+    """Raises ConfigError for what an evaluation would only find out at its end."""
+    check_column(task.held_out(), config.difficulty)
+    if config.offloading and isinstance(dialect, Prepares):
+        raise ConfigError("evaluate.offloading takes tools away and forces calls, and this dialect leaves neither to "
+                          "the policy: set it to false")  # fmt: skip
+
+
+def check_questions(player: Player, task: Task, loop: Loop) -> None:
+    """Raises DataError for a prompt that is empty or too long, and ConfigError when there is nothing to ask."""
+    asked = task.sample(0, min(loop.steps * loop.problems_per_step, MOST_CHECKED))
+    held_out = task.held_out()
+    if not held_out:
+        raise ConfigError("the task has no evaluation problems, and a run is judged by them")
+    for problem in (*asked, *held_out[:MOST_CHECKED]):
+        player.check(problem)
+
+
+def check_demonstrations(
+    sft: Sft, task: Task, dialect: Dialect, tokenizer: Tokenizer, tools: Mapping[str, Tool]
+) -> None:
+    """Raises ConfigError for demonstrations that the cold start could not use, or that call what is not there."""
+    sft = replace(sft, batch_size=max(sft.batch_size, 64))  # so that every kind is likely to be among them
+    batch(0, tokenizer, task, dialect, sft)
+    for demo in task.demonstrations(0, sft.batch_size, dialect):
+        for segment, following in pairwise(demo):
+            if segment.is_action and not following.is_action:
+                action = dialect.parse(segment.text, tools)
+                for call in action.calls if isinstance(action, Calls) else [action]:
+                    if isinstance(call, Malformed):
+                        raise ConfigError(f"sft: a demonstration holds a call that cannot be made. {call.why}")
