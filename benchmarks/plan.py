@@ -54,7 +54,6 @@ CASES = (
     Case(name="52M float32", shape=WIDE, micro_tokens=1024),
     Case(name="52M autocast checkpointing", shape=WIDE, precision="autocast", checkpointing=True, micro_tokens=1024),
     Case(name="50M Qwen2 float32", shape=QWEN, micro_tokens=1024),
-    # not looked at while the formulas were written
     Case(name="26M deep bfloat16 PPO", shape=DEEP, precision="bfloat16", algo="ppo", micro_tokens=1024),
     Case(name="50M Qwen2 autocast", shape=QWEN, precision="autocast", micro_tokens=1024),
     Case(name="52M bfloat16 checkpointing shared", shape=WIDE, precision="bfloat16", checkpointing=True, shared=True),
@@ -79,7 +78,7 @@ def job(case: Case) -> Job:
             micro_tokens=case.micro_tokens,
             logit_tile=TILE["cpu"],
             reference=False,
-            critic=case.algo == "ppo",
+            critic="own" if case.algo == "ppo" else None,
             recompute=False,
             epochs=1,
             minibatches=1,

@@ -15,7 +15,7 @@ LARGE: tuple[dict[str, Any], ...] = (
     {"model": "Llama-3.1-70B", "nodes": 8, "gpus": 8},
     {"model": "Qwen2.5-32B", "sleep_level": 0},
     {"model": "Qwen2.5-72B"},
-    {"model": "Qwen2.5-3B", "engine": "embedded", "precision": "float32", "critic": True},
+    {"model": "Qwen2.5-3B", "engine": "embedded", "precision": "float32", "critic": "own"},
 )
 
 
@@ -29,7 +29,7 @@ def job(
     precision: str = "bfloat16",
     checkpointing: bool = True,
     reference: bool = False,
-    critic: bool = False,
+    critic: str | None = None,
     lora: int = 0,
     micro_tokens: int = 8192,
     offload: str = "none",

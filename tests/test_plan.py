@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 
 from otcrl import cli
 from otcrl.errors import ConfigError, DataError
+from otcrl.learner.torch_backend import TorchBackend
+from otcrl.models.critic import Critic, SharedCritic
 from otcrl.plan import activations, memory, states
 from otcrl.plan.changes import applied, is_possible, obstacle, proposal
 from otcrl.plan.gpus import GIB, GPUS, find_gpu
 from otcrl.plan.read import read_settings
 from otcrl.plan.shapes import KNOWN, Shape, find_shape, llama, qwen2
 from tests.plans import LARGE, job
+from tests.test_learner import grpo, make_learner, ppo, random_batch
 
 PUBLISHED = {  # parameters: safetensors headers of the hub's checkpoints
     "Qwen2.5-0.5B": 494_032_768,
@@ -118,19 +121,40 @@ def test_zero_partitions_as_in_its_paper(stage: int, gigabytes: float):
     assert round(kept.total / 1e9, 1) == gigabytes
 
 
-def test_deepspeed_keeps_a_float32_master_of_16_bit_weights_and_torch_does_not():
-    training = job().training
-    each = {
-        (backend, precision): states.optimizer_bytes(replace(training, backend=backend, precision=precision))
-        for backend in ("deepspeed", "torch")
-        for precision in ("bfloat16", "float32")
-    }
-    assert each == {
-        ("deepspeed", "bfloat16"): 12,
-        ("deepspeed", "float32"): 8,
-        ("torch", "bfloat16"): 4,
-        ("torch", "float32"): 8,
-    }
+@pytest.mark.parametrize("critic", [None, "own", "shared"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_lasts_is_what_a_learner_keeps(precision: str, critic: str | None, monkeypatch: pytest.MonkeyPatch):
+    """Weights, moments, float32 masters and gradients, counted in a real one."""
+    shape = llama("small", 2, 64, 4, 2, 128, 256, tied=True)
+    planned = job(zero=0, precision=precision, critic=critic)
+    planned = replace(planned, shape=shape, training=replace(planned.training, backend="torch"))
+    lasting, gradients = kept_by_learner(shape, precision, critic, monkeypatch)
+    before, within = (sum(memory.resident(planned, updating=updating).values()) for updating in (False, True))
+    assert lasting == pytest.approx(before, rel=0.01)
+    assert gradients == pytest.approx(within - before, rel=0.01)
+
+
+def kept_by_learner(
+    shape: Shape, precision: str, critic: str | None, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, int]:
+    """Bytes that lie between two updates, and of gradients when AdamW begins."""
+    policy = built("llama", shape).to(getattr(torch, precision))
+    own = {None: None, "own": Critic, "shared": SharedCritic}[critic]
+    algo, step, gradients = (ppo() if critic else grpo(kl_coef=0.0)), TorchBackend.step, []
+
+    def counting(backend: TorchBackend, rate: float, what: str) -> float:
+        gradients.append(sum(p.grad.nbytes for p in backend._updated.values() if p.grad is not None))
+        return step(backend, rate, what)
+
+    monkeypatch.setattr(TorchBackend, "step", counting)
+    trunk = {"critic": own(policy) if own else None, "critic_trunk": critic or "own"}
+    learner = make_learner(algo, policy=policy, reference=None, **trunk)
+    batch = random_batch()
+    scores = learner.score(batch)
+    learner.update(0, batch, scores, algo.targets(batch, scores), algo)
+    modules = [policy, *([learner.critic] if learner.critic is not None else [])]
+    kept = [*(p for module in modules for p in module.parameters()), *(value for _, value in learner.state())]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values()), sum(gradients)
 
 
 def test_lora_trains_rank_times_in_and_out_of_every_layer_and_needs_no_reference():
@@ -159,20 +183,7 @@ def test_the_activations_of_a_layer_are_what_autograd_keeps(kind: str, precision
 
 def saved_bytes(kind: str, shape: Shape, precision: str, tokens: int) -> int:
     """Bytes that a forward pass of the body leaves for the backward pass, weights themselves not counted."""
-    import transformers
-
-    config = getattr(transformers, f"{kind.title()}Config")(
-        vocab_size=shape.vocab,
-        hidden_size=shape.width,
-        intermediate_size=shape.ff_width,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied,
-    )
-    model: Any = getattr(transformers, f"{kind.title()}ForCausalLM")(config)
-    assert sum(weight.numel() for weight in model.parameters()) == shape.parameters
+    model = built(kind, shape)
     if precision == "bfloat16":
         model.to(torch.bfloat16)
     own = {weight.data_ptr() for weight in model.parameters()}
@@ -187,6 +198,24 @@ def saved_bytes(kind: str, shape: Shape, precision: str, tokens: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), half:
         model.model(input_ids=torch.zeros(1, tokens, dtype=torch.int64), use_cache=False)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def built(kind: str, shape: Shape) -> Any:
+    import transformers
+
+    config = getattr(transformers, f"{kind.title()}Config")(
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.ff_width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied,
+    )
+    model: Any = getattr(transformers, f"{kind.title()}ForCausalLM")(config)
+    assert sum(weight.numel() for weight in model.parameters()) == shape.parameters
+    return model
 
 
 def test_shared_prompts_count_once_and_their_keys_for_every_row():
@@ -206,7 +235,7 @@ SIZES = st.builds(
     zero=st.integers(0, 3),
     precision=st.sampled_from(["float32", "bfloat16"]),
     checkpointing=st.booleans(),
-    critic=st.booleans(),
+    critic=st.sampled_from([None, "own", "shared"]),
     reference=st.booleans(),
     lora=st.sampled_from([0, 16]),
     engine=st.sampled_from(["vllm", "embedded", "servers"]),
@@ -324,7 +353,7 @@ def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_without_a_price_there_is_no_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert cli.main([*WORDS, f"json={tmp_path / 'plan.json'}"]) == 0
+    assert cli.main([*WORDS, "gpus=2", f"json={tmp_path / 'plan.json'}"]) == 0
     assert "per GPU-hour" not in capsys.readouterr().out
     assert json.loads((tmp_path / "plan.json").read_text())["cost_per_1000_steps"] is None
 

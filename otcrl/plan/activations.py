@@ -10,7 +10,7 @@ import math
 
 from otcrl.plan.job import Job
 from otcrl.plan.shapes import Shape
-from otcrl.plan.states import WEIGHT_BYTES, share, trained_parameters
+from otcrl.plan.states import GRADIENT_BYTES, WEIGHT_BYTES, share, trained_parameters
 
 PRODUCT_BYTES = {"float32": 4, "bfloat16": 2, "autocast": 2}  # of what matrix products read and write
 
@@ -79,7 +79,7 @@ def head_backward(shape: Shape, precision: str, tile: tuple[float, float], *, on
 def moments(job: Job) -> dict[str, dict[str, float]]:
     """Activations, logits and working memory where an update may peak; one of these is the peak."""
     shape, training, tokens = job.shape, job.training, job.micro_tokens
-    precision, bodies, weight = training.precision, 2 if training.critic else 1, WEIGHT_BYTES[training.precision]
+    precision, bodies, weight = training.precision, training.bodies, WEIGHT_BYTES[training.precision]
     layer = layer_bytes(job) * tokens
     kept = saved_by_checkpoint(shape, precision) * tokens if training.checkpointing else layer
     body = shape.layers * kept + saved_once(shape, precision) * tokens
@@ -121,7 +121,7 @@ def layer_gradient(job: Job) -> float:
 
 
 def optimizer_working(job: Job) -> float:
-    """While AdamW steps: torch's foreach kernels hold one more moment, DeepSpeed a float32 copy of its gradients.
+    """While AdamW steps in float32: torch's foreach kernels hold one more moment, DeepSpeed a copy of its gradients.
 
     On CPU torch goes parameter by parameter, with two temporaries of the largest.
     """
@@ -129,9 +129,8 @@ def optimizer_working(job: Job) -> float:
     if training.offload != "none":
         return 0.0
     if job.gpu.name == "cpu":
-        return 2.0 * job.shape.head_parameters * WEIGHT_BYTES[training.precision]
-    each = 4 if training.backend == "deepspeed" else WEIGHT_BYTES[training.precision]
-    return trained_parameters(job.shape, training) * each * share(training.zero, 1, job.world)
+        return 2.0 * job.shape.head_parameters * GRADIENT_BYTES
+    return trained_parameters(job.shape, training) * GRADIENT_BYTES * share(training.zero, 1, job.world)
 
 
 def forward_working(job: Job) -> dict[str, float]:

@@ -26,12 +26,22 @@ class Training:
     micro_tokens: int  # tokens per forward pass
     logit_tile: tuple[int, int]  # tokens and words whose logits are there at a time, at most
     reference: bool
-    critic: bool
+    critic: str | None  # own: a body of its own | shared: a head on the policy's | None: the algorithm has none
     recompute: bool  # old log-probs by one more forward pass
     epochs: int
     minibatches: int  # optimizer steps in an epoch
     shared_prefix: bool  # a group's prompt is computed once
     bucket: float  # elements that DeepSpeed gathers or reduces at a time
+
+    @property
+    def bodies(self) -> int:
+        """Stacks of layers that are trained."""
+        return 2 if self.critic == "own" else 1
+
+    @property
+    def scoring_passes(self) -> int:
+        """Forward passes over a step's batch before its update; one says old log-probs and a shared critic's values."""
+        return self.reference + (self.critic == "own") + (self.recompute or self.critic == "shared")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

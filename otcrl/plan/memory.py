@@ -11,6 +11,7 @@ from otcrl.plan.gpus import GIB
 from otcrl.plan.job import PHASES, Job
 from otcrl.plan.shapes import Shape
 from otcrl.plan.states import (
+    GRADIENT_BYTES,
     WEIGHT_BYTES,
     critic_states,
     held_parameters,
@@ -158,8 +159,8 @@ def host_bytes(job: Job) -> float:
     training, per_node = job.training, job.gpus / job.world
     held, trained = held_parameters(job.shape, training), trained_parameters(job.shape, training)
     total = 0.0
-    if training.offload == "cpu":  # master and moments, and float32 gradients for the CPU's Adam
-        total += trained * (optimizer_bytes(training) + 4) * per_node
+    if training.offload == "cpu":  # master, moments and gradients
+        total += trained * (optimizer_bytes(training.precision) + GRADIENT_BYTES) * per_node
     if training.offload_params == "cpu":
         total += held * WEIGHT_BYTES[training.precision] * per_node
     copies = job.copies * per_node if job.sampling.kind == "vllm" else 0.0

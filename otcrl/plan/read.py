@@ -157,7 +157,7 @@ def read_training(config: Config, settings: Settings, work: Work) -> Training:
         micro_tokens=learner["micro_tokens"],
         logit_tile=TILE["cpu" if settings.gpu.lower() == "cpu" else "cuda"],
         reference=algo.needs_reference,
-        critic=algo.needs_critic,
+        critic=learner.get("critic_trunk", "own") if algo.needs_critic else None,
         recompute=learner["old_logprobs"] == "recompute",
         epochs=learner["epochs"],
         minibatches=-(-work.trajectories // rows),

@@ -104,7 +104,7 @@ def training_rate(job: Job) -> float:
 
 def score_s(job: Job) -> float:
     training = job.training
-    passes = training.recompute + training.reference + training.critic
+    passes = training.scoring_passes
     computing = passes * learner_forward(job) / training_rate(job)
     gathering = passes * gathered_bytes(job) * micro_batches(job) / link_rate(job)
     return max(computing, gathering)
@@ -112,7 +112,7 @@ def score_s(job: Job) -> float:
 
 def update_s(job: Job) -> float:
     """Compute and communication overlap; what AdamW does in main memory does not."""
-    models = 2 if job.training.critic else 1
+    models = job.training.bodies
     forward = learner_forward(job) * models * job.training.epochs
     computing = forward * (1 + backward_factor(job)) / training_rate(job)
     talking = models * job.training.epochs * communicated_bytes(job) / link_rate(job)

@@ -8,6 +8,7 @@ from otcrl.plan.job import Job, Training
 from otcrl.plan.shapes import Shape
 
 WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "autocast": 4}
+GRADIENT_BYTES = 4  # they are added up in float32, whatever the weights
 LIVE = 1e9  # parameters that ZeRO-3 keeps gathered: DeepSpeed's stage3_max_live_parameters
 
 
@@ -44,15 +45,9 @@ def zero_states(
     )
 
 
-def optimizer_bytes(training: Training) -> float:
-    """AdamW's per parameter. DeepSpeed: two float32 moments, and a float32 master of 16-bit weights.
-
-    torch.optim.AdamW keeps both moments in the type of the weights and no master.
-    """
-    weight = WEIGHT_BYTES[training.precision]
-    if training.backend == "deepspeed":
-        return 8 + (4 if weight < 4 else 0)
-    return 2 * weight
+def optimizer_bytes(precision: str) -> float:
+    """AdamW's per parameter: two float32 moments, and a float32 master of 16-bit weights."""
+    return 8 + (4 if WEIGHT_BYTES[precision] < 4 else 0)
 
 
 def trained_parameters(shape: Shape, training: Training) -> float:
@@ -66,15 +61,14 @@ def held_parameters(shape: Shape, training: Training) -> float:
 def policy_states(job: Job, held: float, trained: float) -> States:
     """On the GPU: what is offloaded is not there. ZeRO-Offload (arXiv:2101.06840) moves the gradients too."""
     training = job.training
-    weight = WEIGHT_BYTES[training.precision]
     states = zero_states(
         trained,
         held,
         job.world,
         training.zero,
-        weight=weight,
-        gradient=weight,
-        optimizer=optimizer_bytes(training),
+        weight=WEIGHT_BYTES[training.precision],
+        gradient=GRADIENT_BYTES,
+        optimizer=optimizer_bytes(training.precision),
     )
     away = training.offload != "none"
     return States(
@@ -93,8 +87,8 @@ def reference_bytes(job: Job) -> float:
 
 
 def critic_states(job: Job) -> States:
-    """A second body with a head of its own; nothing where the algorithm has no critic."""
-    if not job.training.critic:
+    """A second body with a head of its own; nothing where there is no critic, or only a head on the policy's states."""
+    if job.training.bodies == 1:
         return States(0.0, 0.0, 0.0)
     vocabulary = job.shape.head_parameters  # its embedding
     body = job.shape.body_parameters + vocabulary
