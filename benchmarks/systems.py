@@ -1,0 +1,116 @@
+"""Systems of the OTC paper on SmolLM2-135M from one start: the runs behind docs/results.md.
+
+    otcrl models smollm2 out=models/smollm2
+    python benchmarks/systems.py python                        # ToRL-GRPO and OTC-GRPO, seeds 0 and 1
+    OTCRL_DATA=DIR python benchmarks/systems.py search         # Search-R1 and OTC, by PPO and by GRPO
+    python benchmarks/systems.py python --jobs 2 --only otc_grpo-0 torl_grpo-0
+
+Every run is an ordinary `otcrl train` of one thread. What is there is not repeated, what was cut off goes on. A cold
+start and its evaluation come first, and all runs take its weights. `--dry` prints the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+OTCRL = [sys.executable, "-m", "otcrl"]
+GRPO = ["algo=grpo", "algo.kl_coef=0.0"]
+PPO = ["algo=ppo", "algo.kl_reward_coef=0.0", "rollout.group_size=1"]  # with a body of its own for the critic
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """What the systems of one comparison have in common, and where they differ."""
+
+    settings: tuple[str, ...]  # of the start and of every run
+    start: tuple[str, ...]  # of the cold start alone
+    training: tuple[str, ...]
+    systems: dict[str, list[str]]
+    seeds: dict[str, tuple[int, ...]]
+
+    def runs(self) -> list[tuple[str, int]]:
+        return [(system, seed) for system, seeds in self.seeds.items() for seed in seeds]
+
+
+WORLDS = {
+    "python": World(
+        settings=("conf=smollm2_python", "task.seed=0", "task.test_share=0.33", "task.test_size=200"),
+        start=("task.demo_overcall=0.6", "sft.steps=48", "sft.optimizer.lr=3e-4"),
+        training=("loop.steps=40", "loop.problems_per_step=6", "rollout.group_size=8"),
+        systems={
+            "torl_grpo": [*GRPO, "reward=torl"],
+            "otc_grpo": [*GRPO, "reward=otc_grpo", "reward.c=3.0"],
+        },
+        seeds={"torl_grpo": (0, 1), "otc_grpo": (0, 1)},
+    ),
+    "search": World(
+        settings=(
+            "conf=smollm2_search",
+            "task.seed=0",
+            "task.train=[${oc.env:OTCRL_DATA}/hotpotqa/train.jsonl.gz,${oc.env:OTCRL_DATA}/2wikimultihopqa/train.jsonl.gz]",
+            "task.in_domain=[hotpotqa,2wikimultihopqa]",  # MuSiQue is held out
+            "task.max_test=100",
+        ),
+        start=(),
+        training=("loop.steps=48",),
+        systems={
+            "search_r1_grpo": [*GRPO, "reward=outcome", "loop.problems_per_step=4", "rollout.group_size=4"],
+            "otc_grpo": [*GRPO, "reward=otc_grpo", "reward.c=4.0", "loop.problems_per_step=4", "rollout.group_size=4"],
+            "search_r1_ppo": [*PPO, "reward=outcome", "loop.problems_per_step=16"],
+            "otc_ppo": [*PPO, "reward=otc_ppo", "reward.c=4.0", "loop.problems_per_step=16"],
+        },
+        seeds={"search_r1_grpo": (0, 1), "otc_grpo": (0, 1), "search_r1_ppo": (0,), "otc_ppo": (0,)},
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("world", choices=list(WORLDS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/systems"), help="the directory of all runs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--only", nargs="*", default=[], help="of the runs, e.g. otc_grpo-0; all")
+    parser.add_argument("--dry", action="store_true", help="print the commands")
+    options = parser.parse_args()
+
+    world, folder = WORLDS[options.world], options.runs / options.world
+    start = folder / "start"
+    once(start / "model", [*OTCRL, "sft", *world.settings, *world.start, f"run_dir={start}"], options.dry)
+    measured = [*OTCRL, "eval", *world.settings, f"model={start}/model", f"run_dir={start}", "evaluate.sampled=true"]
+    once(start / "eval/report.json", measured, options.dry)
+    chosen = [(system, seed) for system, seed in world.runs() if not options.only or f"{system}-{seed}" in options.only]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(lambda run: once(*train(world, *run, start=start, runs=folder), options.dry), chosen))
+
+
+def train(world: World, system: str, seed: int, *, start: Path, runs: Path) -> tuple[Path, list[str]]:
+    """What the run ends with, and its command."""
+    folder = runs / f"{system}-{seed}"
+    own = [f"seed={seed}", f"name={folder.name}", f"run_dir={folder}", "threads=1"]
+    weights = [f"model.path={start}/model", "sft.steps=0", "evaluate.before=false", "evaluate.sampled=true"]
+    command = [*OTCRL, "train", *world.settings, *world.training, *world.systems[system], *own, *weights]
+    return folder / "summary.json", command
+
+
+def once(result: Path, command: Sequence[str], dry: bool) -> None:
+    """Runs `command`, unless what it ends with is there."""
+    if result.exists():
+        return
+    print(" ".join(command[2:]), flush=True)
+    if dry:
+        return
+    result.parent.mkdir(parents=True, exist_ok=True)
+    with (result.parent / "log.txt").open("a") as log:
+        code = subprocess.call(command, stdout=log, stderr=log)
+    if code:
+        sys.exit(f"exit code {code}: {result.parent / 'log.txt'}")
+
+
+if __name__ == "__main__":
+    main()
