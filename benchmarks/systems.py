@@ -40,8 +40,11 @@ class World:
 
 WORLDS = {
     "python": World(
-        settings=("conf=smollm2_python", "task.seed=0", "task.test_share=0.33", "task.test_size=200"),
-        start=("task.demo_overcall=0.6", "sft.steps=48", "sft.optimizer.lr=3e-4"),
+        settings=("conf=smollm2_python", "task.seed=0", "task.test_share=0.2", "task.test_size=120"),
+        start=(
+            *("sft.steps=96", "sft.optimizer.lr=3e-4", "task.demo_overcall=0.4"),
+            *("task.kinds.small_sum.weight=2", "task.kinds.small_product.weight=1"),  # so that they are known by heart
+        ),
         training=("loop.steps=40", "loop.problems_per_step=6", "rollout.group_size=8"),
         systems={
             "torl_grpo": [*GRPO, "reward=torl"],
@@ -105,11 +108,12 @@ def once(result: Path, command: Sequence[str], dry: bool) -> None:
     print(" ".join(command[2:]), flush=True)
     if dry:
         return
-    result.parent.mkdir(parents=True, exist_ok=True)
-    with (result.parent / "log.txt").open("a") as log:
+    folder = result.parent
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".log").open("a") as log:
         code = subprocess.call(command, stdout=log, stderr=log)
     if code:
-        sys.exit(f"exit code {code}: {result.parent / 'log.txt'}")
+        sys.exit(f"exit code {code}: {folder.with_suffix('.log')}")
 
 
 if __name__ == "__main__":

@@ -390,7 +390,7 @@ COMMANDS = {
     "plan": Command(
         "what a run needs: memory on each GPU, time and cost; or the least change that makes it fit",
         "conf=NAME_OR_FILE [model=NAME_OR_DIR] [nodes=1] [gpus=1] [gpu=h100-80gb] [key=value ...]\n"
-        "  training:  zero=0..3  offload=none|cpu|nvme  offload_params=none|cpu|nvme  lora=RANK  tp=GPUS_PER_ENGINE\n"
+        "  training:  zero=0..3  offload=none|cpu|nvme  offload_params=none|cpu  lora=RANK  tp=GPUS_PER_ENGINE\n"
         "  a trajectory, on average:  prompt_tokens=300  sampled_tokens=N  observed_tokens=N  calls=N  tool_s=0.5\n"
         "  mfu=0.40  price=PER_GPU_HOUR  host_gib=MEMORY_OF_A_NODE  json=FILE",
         (

@@ -1,6 +1,7 @@
 """Started by torchrun in test_dist.py: what several ranks compute, written down by the first.
 
 torchrun --nproc_per_node 2 -m tests.ranks FILE
+torchrun --nproc_per_node 2 -m tests.ranks FILE DISK    # what ZeRO-3 keeps in the folder DISK
 """
 
 from __future__ import annotations
@@ -36,8 +37,27 @@ from tests.test_learner import (
 )
 
 ROWS = 5  # mini-batches of 4 and 1: of the second one rank has nothing
+
+
+def wide() -> dict[str, Any]:
+    """Models of which two ranks' parts are large enough that DeepSpeed puts them on a disk: 1 MiB each."""
+    torch.manual_seed(4)
+    sizes: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 4}
+    policy = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, num_key_value_heads=4, **sizes))
+    return {"policy": policy, "reference": twin(policy), "critic": None}
+
+
+def wide_with_critic() -> dict[str, Any]:
+    parts = wide()
+    return parts | {"critic": Critic(parts["policy"])}
+
+
 ALGORITHMS = {"grpo": grpo(), "ppo": ppo(), "grpo-adapters": grpo(), "ppo-one-trunk": ppo()}
-PARTS: dict[str, Callable[[], dict[str, Any]]] = {"grpo-adapters": adapted, "ppo-one-trunk": on_the_trunk}
+ON_DISK = {"grpo-wide": grpo(), "ppo-wide": ppo()}
+EVERY = ALGORITHMS | ON_DISK
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "grpo-adapters": adapted, "ppo-one-trunk": on_the_trunk, "grpo-wide": wide, "ppo-wide": wide_with_critic,
+}  # fmt: skip
 TORCH = {
     f"torch/{algo}/{packing}/{tokens}": (algo, {"packing": packing, "micro_tokens": tokens})
     for algo in ALGORITHMS
@@ -51,12 +71,18 @@ ZERO = {
     for offload in ("none", "cpu")
     if offload == "none" or algo not in PARTS
 }
+DISK = {f"disk/{algo}/{params}": (algo, params) for algo in ON_DISK for params in ("none", "cpu")}
 
 
 def zero(stage: int, offload: str) -> DeepSpeed:
     params = offload if stage == 3 else "none"
     settings = {"zero_stage": stage, "offload": offload, "offload_params": params}
     return construct_as(DeepSpeed, settings | {"nvme_path": None, "bucket": 1e6, "overlap": False}, "deepspeed")
+
+
+def on_disk(params: str, folder: Path) -> DeepSpeed:
+    settings = {"zero_stage": 3, "offload": "nvme", "offload_params": params, "nvme_path": str(folder)}
+    return construct_as(DeepSpeed, settings | {"bucket": 1e6, "overlap": False}, "deepspeed")
 
 
 class ByLength(OTCReward):
@@ -70,7 +96,7 @@ class ByLength(OTCReward):
 
 def outcome(algo_name: str, learner: Any) -> dict[str, Any]:
     """Of two updates: scores and metrics of each, moments and weights after them."""
-    algo, batch = ALGORITHMS[algo_name], with_shared_prompts(random_batch(rows=ROWS, columns=16))
+    algo, batch = EVERY[algo_name], with_shared_prompts(random_batch(rows=ROWS, columns=16))
     found: dict[str, Any] = {}
     for step in range(2):
         scores = learner.score(batch)
@@ -86,7 +112,7 @@ def outcome(algo_name: str, learner: Any) -> dict[str, Any]:
 
 
 def made(algo: str, **settings: Any) -> Learner:
-    return make_learner(ALGORITHMS[algo], **PARTS.get(algo, dict)() | {"minibatch_size": 4} | settings)
+    return make_learner(EVERY[algo], **PARTS.get(algo, dict)() | {"minibatch_size": 4} | settings)
 
 
 def plain(name: str) -> dict[str, Any]:
@@ -103,10 +129,9 @@ def float32() -> Iterator[None]:
         POLICY.double()
 
 
-def split(name: str) -> dict[str, Any]:
-    algo, stage, offload = ZERO[name]
+def split(algo: str, deepspeed: DeepSpeed) -> dict[str, Any]:
     with float32():
-        settings = {"backend": "deepspeed", "deepspeed": zero(stage, offload), "micro_tokens": 30}
+        settings = {"backend": "deepspeed", "deepspeed": deepspeed, "micro_tokens": 30}
         learner = made(algo, **settings)
         found = outcome(algo, learner)
         found["restored"] = restored(algo, learner, settings)
@@ -115,9 +140,11 @@ def split(name: str) -> dict[str, Any]:
 
 
 def begun(learner: Learner) -> bool:
-    """Training begins with these weights, and they are the reference's."""
+    """Training begins with these weights, and they are the reference's; its optimizer remembers nothing."""
     before = [value.clone() for _, value in learner.weights()]
     learner.begin()
+    if any(value.abs().max() > 0 for name, value in learner.state() if name.startswith("policy/exp_avg")):
+        return False
     scores = learner.score(with_shared_prompts(random_batch(rows=ROWS, columns=16)))
     same = [torch.equal(a, b) for a, (_, b) in zip(before, learner.weights(), strict=True)]
     return all(same) and torch.allclose(scores.ref_logprobs, scores.old_logprobs, atol=1e-6)
@@ -132,8 +159,8 @@ def restored(algo: str, learner: Any, settings: dict[str, Any]) -> bool:
     for each in (learner, again):
         batch = with_shared_prompts(random_batch(rows=ROWS, columns=16))
         scores = each.score(batch)
-        targets = ALGORITHMS[algo].targets(batch, scores)
-        metrics.append(each.update(2, batch, scores, targets, ALGORITHMS[algo]))
+        targets = EVERY[algo].targets(batch, scores)
+        metrics.append(each.update(2, batch, scores, targets, EVERY[algo]))
     same = [torch.equal(a, b) for (_, a), (_, b) in zip(learner.weights(), again.weights(), strict=True)]
     return metrics[0] == metrics[1] and all(same)
 
@@ -204,8 +231,12 @@ def updated(learner: Learner) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     dist.start(dist.Ranks(timeout_s=120))
-    found = {name: plain(name) for name in TORCH} | {name: split(name) for name in ZERO}
-    found["from file"] = from_file(Path(sys.argv[1]).parent / "large")
+    if sys.argv[2:]:
+        found = {name: split(algo, on_disk(params, Path(sys.argv[2]))) for name, (algo, params) in DISK.items()}
+    else:
+        found = {name: plain(name) for name in TORCH}
+        found |= {name: split(algo, zero(stage, offload)) for name, (algo, stage, offload) in ZERO.items()}
+        found["from file"] = from_file(Path(sys.argv[1]).parent / "large")
     if dist.is_first():
         torch.save(found, sys.argv[1])
     dist.barrier("the end")

@@ -28,10 +28,10 @@ ROOT = Path(__file__).parents[1]
 LONG = pytest.mark.skipif("OTCRL_LONG" not in os.environ, reason="four ranks take minutes on two cores: OTCRL_LONG=1")
 
 
-def torchrun(count: int, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def torchrun(count: int, *words: str, seconds: int = 300, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *words]
     own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
 
 
 # -- the learner ------------------------------------------------------------------------------------------
@@ -91,6 +91,28 @@ def test_state_goes_from_one_learner_to_another_bit_for_bit(together):
 
 def test_training_begins_with_the_weights_that_there_are_and_the_reference_has_them(together):
     assert all(together[name]["begun"] for name in ranks.ZERO)
+
+
+@LONG
+def test_what_lies_on_a_disk_changes_no_gradient_and_goes_from_one_learner_to_another(tmp_path):
+    """DeepSpeed compiles its disk access first, once on a machine: minutes."""
+    ops = pytest.importorskip("deepspeed.ops.op_builder")
+    if not ops.AsyncIOBuilder().is_compatible():
+        pytest.skip("libaio is not here: apt-get install libaio-dev g++ ninja-build")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    run = torchrun(2, "-m", "tests.ranks", str(tmp_path / "found.pt"), str(disk), seconds=1800)
+    assert run.returncode == 0, run.stderr[-9000:]
+    together = torch.load(tmp_path / "found.pt", weights_only=False)
+    assert sum(file.stat().st_size for file in disk.rglob("*.swp")) > 1e8, "moments and masters of policies and critics"
+    for name, (algo, _) in ranks.DISK.items():
+        found, expected = together[name], ranks.outcome(algo, ranks.made(algo))
+        for key in ("old 0", "ref 0", "values 0"):
+            close(found[key], expected[key], absolute=1e-5, relative=0, where=f"{name}: {key}")
+        close(found["state"], expected["state"], absolute=1e-6, relative=1e-4, where=name)
+        close(found["metrics 0"], expected["metrics 0"], absolute=1e-4, relative=1e-3, where=name)
+        assert found["restored"], name
+        assert found["begun"], name
 
 
 def test_a_model_is_split_as_it_is_loaded_and_trains_as_a_whole_one(together):

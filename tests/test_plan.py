@@ -283,7 +283,7 @@ def test_offloading_moves_states_to_main_memory():
     parameters = away.shape.parameters
     assert memory.host_bytes(away) == parameters * (12 + 4) + parameters * 2
     assert memory.host_bytes(replace(away, nodes=2)) == memory.host_bytes(away) / 2
-    assert memory.host_bytes(job(zero=3, gpus=8, offload="nvme", offload_params="nvme")) == 0
+    assert memory.host_bytes(job(zero=3, gpus=8, offload="nvme")) == 0
 
 
 # -- refusals and proposals ----------------------------------------------------------------------------

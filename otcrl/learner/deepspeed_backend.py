@@ -1,7 +1,8 @@
 """DeepSpeed: optimizer state, gradients and weights split over the ranks (ZeRO, arXiv:1910.02054), or kept elsewhere.
 
 Stages split more and more: 1 the optimizer's state, 2 gradients too, 3 weights too. Offloading keeps the optimizer's
-state, and with stage 3 the weights, in main memory or on an NVMe disk. The only file that imports deepspeed.
+state in main memory or on an NVMe disk, and with stage 3 the weights in main memory. (DeepSpeed can put weights on a
+disk too; 0.19 reads them back in another type or not at all.) The only file that imports deepspeed.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -24,7 +25,6 @@ from otcrl.models.published import whole_shape
 
 T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Where = Literal["none", "cpu", "nvme"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class DeepSpeed:
     """How training is split over the ranks. DESIGN: https://www.deepspeed.ai/docs/config-json/"""
 
     zero_stage: Literal[1, 2, 3]  # 0, everything on every rank, is the torch backend
-    offload: Where  # of the optimizer's state
-    offload_params: Where  # of weights, with stage 3
+    offload: Literal["none", "cpu", "nvme"]  # of the optimizer's state
+    offload_params: Literal["none", "cpu"]  # of weights, with stage 3
     nvme_path: str | None  # a folder on the disk, for nvme
     bucket: float  # numbers that are sent at a time
     overlap: bool  # send gradients while others are computed; on CUDA
@@ -41,16 +41,22 @@ class DeepSpeed:
     def __post_init__(self) -> None:
         if self.offload_params != "none" and self.zero_stage < 3:
             raise ValueError(f"offload_params={self.offload_params} needs zero_stage=3, got {self.zero_stage}")
-        if "nvme" in (self.offload, self.offload_params) and not self.nvme_path:
+        if self.offload == "nvme" and not self.nvme_path:
             raise ValueError("offload to nvme needs nvme_path, a folder on the disk")
         if self.offload == "nvme" and self.zero_stage < 3:
             raise ValueError(f"offload=nvme needs zero_stage=3, got {self.zero_stage}")
         if not self.bucket >= 1:
             raise ValueError(f"bucket must be at least 1, got {self.bucket}")
 
+    def of(self, model: str) -> DeepSpeed:
+        """For one of the models: on a disk each has a folder of its own, which DeepSpeed empties when it begins."""
+        if self.offload != "nvme":
+            return self
+        return replace(self, nvme_path=str(Path(self.nvme_path or "") / model))
+
     def config(self, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:
         """DeepSpeed's own. Raises ConfigError where the disk that it names cannot be used."""
-        if "nvme" in (self.offload, self.offload_params):
+        if self.offload == "nvme":
             check_disk(Path(self.nvme_path or ""))
         zero: dict[str, Any] = {
             "stage": self.zero_stage,
@@ -105,23 +111,34 @@ class DeepSpeedBackend:
 
     def _make_state(self) -> None:
         """AdamW's before its first step, so that it can be read and written from the beginning."""
-        outer, inner = self._engine.optimizer, self._inner()
-        parts = getattr(outer, "fp32_partitioned_groups_flat", None) or [
-            p for g in inner.param_groups for p in g["params"]
-        ]
-        for part in parts:
-            if part not in inner.state and part.numel():  # on a disk DeepSpeed makes it when it is due
+        inner = self._inner()
+        for part in self._parts():
+            if part not in inner.state:
                 moments = {key: torch.zeros_like(part) for key in MOMENTS}
                 inner.state[part] = {"step": torch.zeros(()), **moments}
-        if link := getattr(outer, "_lazy_init_hp_params_optimizer_state", None):
+        if link := getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None):
             link()
+
+    def _parts(self) -> Iterator[Tensor]:
+        """What AdamW updates: this rank's part of all weights. From a disk each is here until the next is asked for."""
+        outer = self._engine.optimizer
+        parts = getattr(outer, "fp32_partitioned_groups_flat", None)
+        if parts is None:
+            yield from (part for group in self._inner().param_groups for part in group["params"])
+            return
+        for index, part in enumerate(parts):
+            if is_on_disk := outer._swappable_optimizer_subgroup(index):
+                outer._optimizer_states_and_gradient_swap_in(index)
+            yield part
+            if is_on_disk:
+                outer._optimizer_states_and_gradient_swap_out(index)
 
     def begin(self, optimizer: Optimizer, max_grad_norm: float) -> None:
         self._engine.optimizer.clip_grad = max_grad_norm
         for group in self._engine.optimizer.param_groups:
             group |= {"lr": optimizer.lr, "betas": tuple(optimizer.betas), "weight_decay": optimizer.weight_decay}
-        for state in self._inner().state.values():
-            for value in state.values():
+        for part in self._parts():
+            for value in self._inner().state[part].values():
                 value.zero_()
 
     def _inner(self) -> torch.optim.Optimizer:
@@ -166,7 +183,7 @@ class DeepSpeedBackend:
             setter = tools.safe_set_full_fp32_param if moment is None else tools.safe_set_full_optimizer_state
             setter(parameter, value, *key)
             return
-        size = parameter.partition_numel()  # pyright: ignore[reportAttributeAccessIssue]  # of a ZeRO-3 parameter
+        size = own_numel(parameter)
         whole = nn.functional.pad(
             value.flatten(), (0, size * dist.size() - value.numel())
         )  # the last parts may be empty
@@ -211,10 +228,19 @@ class Frozen:
             parameter.copy_(value)
 
 
+def own_numel(parameter: Tensor) -> int:
+    """Numbers in this rank's part of a ZeRO-3 parameter."""
+    return parameter.partition_numel()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def check_disk(folder: Path) -> None:
-    """Raises ConfigError where DeepSpeed cannot keep anything in `folder`."""
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"learner.deepspeed.nvme_path is {str(folder)!r}, and that is no folder to write in")
+    """Raises ConfigError where DeepSpeed cannot keep anything in `folder`, one inside `learner.deepspeed.nvme_path`."""
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"learner.deepspeed.nvme_path is {str(folder.parent)!r}, and nothing can be kept there: {error.strerror}"
+        ) from error
     imported()
     from deepspeed.accelerator import get_accelerator
 

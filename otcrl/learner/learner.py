@@ -90,7 +90,7 @@ class Learner:
         self._skipped = 0  # updates in a row
         came_split = is_split(self.policy)
         self.lora.adapt(self.policy, self.seed)
-        policy = self._trained(self.policy, self._read_policy, self.policy_optimizer)
+        policy = self._trained("policy", self.policy, self._read_policy, self.policy_optimizer)
         self.backends = {"policy": policy}
         self.reader = reader = policy.inside(Reader.of, self.policy, self.packing)
         if reader.why_padded and dist.is_first():
@@ -99,14 +99,14 @@ class Learner:
         if self.reference is self.policy:
             self._reference = Unadapted(policy)
         elif self.reference is not None:
-            self._reference = self._frozen(self.reference, reader.like(self.reference).logprobs)
+            self._reference = self._frozen("reference", self.reference, reader.like(self.reference).logprobs)
         if isinstance(self.critic, SharedCritic):  # a few numbers: there is nothing to split
             given = (self.critic, self.critic.forward, self.critic_optimizer, self.max_grad_norm)
             self.backends["critic"] = TorchBackend(*given)
         elif self.critic is not None:
             reader.prepare(self.critic.body)
             self.lora.adapt(self.critic.body, self.seed)
-            self.backends["critic"] = self._trained(self.critic, self.critic.forward, self.critic_optimizer)
+            self.backends["critic"] = self._trained("critic", self.critic, self.critic.forward, self.critic_optimizer)
         if came_split:
             self._copy_policy()
 
@@ -126,14 +126,15 @@ class Learner:
         shares = isinstance(self.critic, SharedCritic)
         return self.reader.states(*inputs) if shares else self.reader.logprobs(*inputs)
 
-    def _trained(self, module: Any, function: Callable[..., Any], optimizer: Optimizer) -> Backend:
+    def _trained(self, name: str, module: Any, function: Callable[..., Any], optimizer: Optimizer) -> Backend:
         if self.backend == "deepspeed":
-            return DeepSpeedBackend(module, function, optimizer, self.max_grad_norm, self.deepspeed)
+            settings = self.deepspeed.of(name)
+            return DeepSpeedBackend(module, function, optimizer, self.max_grad_norm, settings)
         return TorchBackend(module, function, optimizer, self.max_grad_norm)
 
-    def _frozen(self, module: PreTrainedModel, function: Callable[..., Any]) -> Any:
+    def _frozen(self, name: str, module: PreTrainedModel, function: Callable[..., Any]) -> Any:
         if self.backend == "deepspeed" and self.deepspeed.zero_stage == 3:
-            return Frozen(module, function, self.deepspeed)
+            return Frozen(module, function, self.deepspeed.of(name))
         return Whole(module, function)
 
     # -- score -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from otcrl.plan.gpus import GPU
 from otcrl.plan.shapes import Shape
 
-OFFLOADS = ("none", "cpu", "nvme")
+OFFLOADS = {"offload": ("none", "cpu", "nvme"), "offload_params": ("none", "cpu")}  # to where
 PRECISIONS = ("float32", "bfloat16", "autocast")  # autocast: float32 weights, 16-bit products
 PHASES = ("rollout", "score", "update", "publication")
 
@@ -19,8 +19,8 @@ class Training:
     backend: str  # torch | deepspeed
     precision: str  # of PRECISIONS
     zero: int  # stage of partitioning over all ranks; 0: every rank has everything
-    offload: str  # of OFFLOADS: where the optimizer's state lies
-    offload_params: str  # where weights lie while they are not used (stage 3)
+    offload: str  # where the optimizer's state lies, of OFFLOADS
+    offload_params: str  # where weights lie while they are not used (stage 3), of OFFLOADS
     lora: int  # rank of the adapters; 0: all weights are trained
     checkpointing: bool  # activations inside a layer are computed again in the backward pass
     micro_tokens: int  # tokens per forward pass

@@ -31,7 +31,7 @@ class Settings:
     gpu: str = "h100-80gb"
     zero: int | None = None  # 0 | 1 | 2 | 3; else 2 for several GPUs
     offload: str | None = None  # of the optimizer: none | cpu | nvme
-    offload_params: str | None = None  # of weights, with zero=3: none | cpu | nvme
+    offload_params: str | None = None  # of weights, with zero=3: none | cpu
     tp: int | None = None  # tensor parallelism of the engine
     lora: int | None = None  # rank; else 0, all weights
     prompt_tokens: float = 300
@@ -71,10 +71,10 @@ def check(settings: Settings) -> None:
         raise ConfigError(f"zero must be 0, 1, 2 or 3, got {settings.zero}")
     if settings.mfu is not None and not 0 < settings.mfu <= 1:
         raise ConfigError(f"mfu must be a share above 0 and at most 1, got {settings.mfu}")
-    for name in ("offload", "offload_params"):
+    for name, places in OFFLOADS.items():
         value = getattr(settings, name)
-        if value not in (None, *OFFLOADS):
-            raise ConfigError(f"{name} must be {', '.join(OFFLOADS)}, got {value!r}.{nearest(value, OFFLOADS)}")
+        if value not in (None, *places):
+            raise ConfigError(f"{name} must be {', '.join(places)}, got {value!r}.{nearest(value, places)}")
 
 
 def read_job(config: Config, settings: Settings) -> Job:
