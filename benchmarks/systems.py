@@ -12,6 +12,7 @@ start and its evaluation come first, and all runs take its weights. `--dry` prin
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -84,36 +85,35 @@ def main() -> None:
 
     world, folder = WORLDS[options.world], options.runs / options.world
     start = folder / "start"
-    once(start / "model", [*OTCRL, "sft", *world.settings, *world.start, f"run_dir={start}"], options.dry)
+    once(start, "model", [*OTCRL, "sft", *world.settings, *world.start, f"run_dir={start}"], options.dry)
     measured = [*OTCRL, "eval", *world.settings, f"model={start}/model", f"run_dir={start}", "evaluate.sampled=true"]
-    once(start / "eval/report.json", measured, options.dry)
+    once(start, "eval/sampled/report.json", measured, options.dry)
     chosen = [(system, seed) for system, seed in world.runs() if not options.only or f"{system}-{seed}" in options.only]
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(lambda run: once(*train(world, *run, start=start, runs=folder), options.dry), chosen))
+        list(pool.map(lambda run: train(world, *run, start=start, runs=folder, dry=options.dry), chosen))
 
 
-def train(world: World, system: str, seed: int, *, start: Path, runs: Path) -> tuple[Path, list[str]]:
-    """What the run ends with, and its command."""
+def train(world: World, system: str, seed: int, *, start: Path, runs: Path, dry: bool) -> None:
     folder = runs / f"{system}-{seed}"
     own = [f"seed={seed}", f"name={folder.name}", f"run_dir={folder}", "threads=1"]
     weights = [f"model.path={start}/model", "sft.steps=0", "evaluate.before=false", "evaluate.sampled=true"]
     command = [*OTCRL, "train", *world.settings, *world.training, *world.systems[system], *own, *weights]
-    return folder / "summary.json", command
+    once(folder, "summary.json", command, dry)
 
 
-def once(result: Path, command: Sequence[str], dry: bool) -> None:
-    """Runs `command`, unless what it ends with is there."""
-    if result.exists():
+def once(folder: Path, result: str, command: Sequence[str], dry: bool) -> None:
+    """Runs `command`, unless what it ends with is there. What it says goes to a file beside the run."""
+    if (folder / result).exists():
         return
-    print(" ".join(command[2:]), flush=True)
+    print(shlex.join(command[2:]), flush=True)
     if dry:
         return
-    folder = result.parent
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".log").open("a") as log:
-        code = subprocess.call(command, stdout=log, stderr=log)
+    log = folder.parent / f"{folder.name}.log"
+    with log.open("a") as file:
+        code = subprocess.call(command, stdout=file, stderr=file)
     if code:
-        sys.exit(f"exit code {code}: {folder.with_suffix('.log')}")
+        sys.exit(f"exit code {code}: {log}")
 
 
 if __name__ == "__main__":
