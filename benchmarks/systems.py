@@ -50,8 +50,9 @@ WORLDS = {
         systems={
             "torl_grpo": [*GRPO, "reward=torl"],
             "otc_grpo": [*GRPO, "reward=otc_grpo", "reward.c=3.0"],
+            "otc_grpo_c10": [*GRPO, "reward=otc_grpo", "reward.c=10.0"],  # a milder price
         },
-        seeds={"torl_grpo": (0, 1), "otc_grpo": (0, 1)},
+        seeds={"torl_grpo": (0, 1), "otc_grpo": (0, 1), "otc_grpo_c10": (0,)},
     ),
     "search": World(
         settings=(
