@@ -22,6 +22,7 @@ LAYERS = (
     ("algos", "rewards", "rollout", "tools", "tasks", "dialects", "models"),
     ("learner",),
     ("health", "train", "sft", "evaluate", "experiment", "plan", "report", "watch"),
+    ("preflight",),
     ("build", "serve", "indexing", "data", "export", "doctor", "completion"),
     ("cli",),
     ("__main__",),
