@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OTCRL = [sys.executable, "-m", "otcrl"]
-GRPO = ["algo=grpo", "algo.kl_coef=0.0"]
 PPO = ["algo=ppo", "algo.kl_reward_coef=0.0", "rollout.group_size=1"]  # with a body of its own for the critic
 
 
@@ -46,11 +45,11 @@ WORLDS = {
             *("sft.steps=96", "sft.optimizer.lr=3e-4", "task.demo_overcall=0.4"),
             *("task.kinds.small_sum.weight=2", "task.kinds.small_product.weight=1"),  # so that they are known by heart
         ),
-        training=("loop.steps=40", "loop.problems_per_step=6", "rollout.group_size=8"),
+        training=("loop.steps=40", "loop.problems_per_step=6"),
         systems={
-            "torl_grpo": [*GRPO, "reward=torl"],
-            "otc_grpo": [*GRPO, "reward=otc_grpo", "reward.c=3.0"],
-            "otc_grpo_c10": [*GRPO, "reward=otc_grpo", "reward.c=10.0"],  # a milder price
+            "torl_grpo": ["reward=torl"],
+            "otc_grpo": ["reward=otc_grpo", "reward.c=3.0"],
+            "otc_grpo_c10": ["reward=otc_grpo", "reward.c=10.0"],  # a milder price
         },
         seeds={"torl_grpo": (0, 1), "otc_grpo": (0, 1), "otc_grpo_c10": (0,)},
     ),
@@ -65,8 +64,8 @@ WORLDS = {
         start=(),
         training=("loop.steps=48",),
         systems={
-            "search_r1_grpo": [*GRPO, "reward=outcome", "loop.problems_per_step=4", "rollout.group_size=4"],
-            "otc_grpo": [*GRPO, "reward=otc_grpo", "reward.c=4.0", "loop.problems_per_step=4", "rollout.group_size=4"],
+            "search_r1_grpo": ["reward=outcome"],
+            "otc_grpo": ["reward=otc_grpo", "reward.c=4.0"],
             "search_r1_ppo": [*PPO, "reward=outcome", "loop.problems_per_step=16"],
             "otc_ppo": [*PPO, "reward=otc_ppo", "reward.c=4.0", "loop.problems_per_step=16"],
         },

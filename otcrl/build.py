@@ -42,14 +42,7 @@ from otcrl.preflight import (
     check_questions,
 )
 from otcrl.presets import conf_dir
-from otcrl.protocols import (
-    Algorithm,
-    Dialect,
-    Engine,
-    Logger,
-    Task,
-    Tool,
-)
+from otcrl.protocols import Algorithm, Dialect, Engine, Logger, Task, Tool
 from otcrl.resume import Start, find_start, identities, unwritable
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Limits, Player

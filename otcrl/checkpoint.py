@@ -136,10 +136,10 @@ def write_model(
     model.save_pretrained(folder, state_dict={})  # all but the weights
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:
+    except Exception as error:  # the tokenizer is written in Rust, which raises nothing better
         if type(error) is not Exception:
             raise
-        raise OSError(f"the tokenizer: {error}") from error  # it is written in Rust, which raises nothing better
+        raise OSError(f"the tokenizer: {error}") from error
     return {WEIGHTS: sha}
 
 

@@ -506,3 +506,17 @@ def test_a_critic_on_the_trunk_costs_no_pass_of_its_own(packing):
 def test_adapters_for_layers_that_are_not_there_are_refused():
     with pytest.raises(ConfigError, match=r"learner.lora.targets: .*querry"):
         make_learner(grpo(), lora=Lora(rank=4, alpha=8, targets=("querry",)))
+
+
+def test_a_disk_that_is_not_there_is_named(tmp_path):
+    settings = replace(ZERO, zero_stage=3, offload="nvme", nvme_path=str(tmp_path / "scratch"))
+    with pytest.raises(ConfigError, match=r"learner.deepspeed.nvme_path is '.*/scratch', and nothing can be kept"):
+        settings.of("policy").config(torch.float32, 1.0)
+    assert not (tmp_path / "scratch").exists(), "a mistyped path is not made"
+
+
+def test_only_what_is_trained_lies_on_a_disk(tmp_path):
+    settings = replace(ZERO, zero_stage=3, offload="nvme", nvme_path=str(tmp_path))
+    config = settings.untrained().config(torch.float32, 1.0)
+    assert "offload_optimizer" not in config["zero_optimization"]
+    assert not list(tmp_path.iterdir())

@@ -27,6 +27,27 @@ def test_an_update_is_three_forward_passes_and_four_with_checkpointing():
     assert speed.update_s(again) == pytest.approx(4 * forward + own)
 
 
+@pytest.mark.parametrize(
+    ("critic", "reference", "recompute", "passes", "bodies"),
+    [
+        (None, False, False, 0, 1),
+        (None, True, True, 2, 1),
+        ("own", False, False, 1, 2),  # the critic's values
+        ("own", True, True, 3, 2),
+        ("shared", False, False, 1, 1),  # values and old log-probs come from one pass
+        ("shared", True, True, 2, 1),
+    ],
+)
+def test_a_step_costs_what_its_models_read_and_train(
+    critic: str | None, reference: bool, recompute: bool, passes: int, bodies: int
+):
+    a_job = job(critic=critic, reference=reference)
+    a_job = replace(a_job, training=replace(a_job.training, recompute=recompute))
+    forward = speed.learner_forward(a_job) / speed.training_rate(a_job)
+    assert speed.score_s(a_job) == pytest.approx(passes * forward)
+    assert speed.update_s(a_job) == pytest.approx(bodies * (4 * forward + speed.optimizer_s(a_job)))
+
+
 def test_a_decode_step_reads_all_weights_and_the_caches_of_its_batch():
     a_job = job()
     weights, cache = 7_615_616_512 * 2, 57_344 * 32 * (300 + 1024) / 2

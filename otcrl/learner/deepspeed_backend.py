@@ -2,7 +2,8 @@
 
 Stages split more and more: 1 the optimizer's state, 2 gradients too, 3 weights too. Offloading keeps the optimizer's
 state in main memory or on an NVMe disk, and with stage 3 the weights in main memory. (DeepSpeed can put weights on a
-disk too; 0.19 reads them back in another type or not at all.) The only file that imports deepspeed.
+disk too. Where it was tried, version 0.19 on CPU, they came back in another type or not at all.) The only file that
+imports deepspeed.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ class DeepSpeed:
         if self.offload != "nvme":
             return self
         return replace(self, nvme_path=str(Path(self.nvme_path or "") / model))
+
+    def untrained(self) -> DeepSpeed:
+        """For a model without an optimizer."""
+        return replace(self, offload="none")
 
     def config(self, dtype: torch.dtype, max_grad_norm: float) -> dict[str, Any]:
         """DeepSpeed's own. Raises ConfigError where the disk that it names cannot be used."""
@@ -183,10 +188,9 @@ class DeepSpeedBackend:
             setter = tools.safe_set_full_fp32_param if moment is None else tools.safe_set_full_optimizer_state
             setter(parameter, value, *key)
             return
-        size = own_numel(parameter)
-        whole = nn.functional.pad(
-            value.flatten(), (0, size * dist.size() - value.numel())
-        )  # the last parts may be empty
+        size: int = parameter.partition_numel()  # pyright: ignore[reportAttributeAccessIssue]
+        missing = size * dist.size() - value.numel()  # the last parts may be empty
+        whole = nn.functional.pad(value.flatten(), (0, missing))
         setter = tools.safe_set_local_fp32_param if moment is None else tools.safe_set_local_optimizer_state
         setter(parameter, whole[dist.rank() * size : (dist.rank() + 1) * size], *key)
 
@@ -217,7 +221,7 @@ class Frozen:
     def __init__(self, module: nn.Module, function: Forward, settings: DeepSpeed) -> None:
         self.module = module
         self._function = function
-        config = settings.config(next(module.parameters()).dtype, 1.0)
+        config = settings.untrained().config(next(module.parameters()).dtype, 1.0)
         self._engine: Any = imported().initialize(model=Computes(module), config=config)[0]
 
     def __call__(self, *inputs: Any) -> Any:
@@ -226,11 +230,6 @@ class Frozen:
     def put(self, parameter: Tensor, value: Tensor) -> None:
         with imported().zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             parameter.copy_(value)
-
-
-def own_numel(parameter: Tensor) -> int:
-    """Numbers in this rank's part of a ZeRO-3 parameter."""
-    return parameter.partition_numel()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_disk(folder: Path) -> None:
@@ -262,7 +261,7 @@ def made_split(settings: DeepSpeed, dtype: torch.dtype) -> Iterator[None]:
     imported()
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    config = HfDeepSpeedConfig(settings.config(dtype, 1.0))  # transformers finds it while it lives
+    config = HfDeepSpeedConfig(settings.untrained().config(dtype, 1.0))  # transformers finds it while it lives
     try:
         yield
     finally:

@@ -99,7 +99,7 @@ class Learner:
         if self.reference is self.policy:
             self._reference = Unadapted(policy)
         elif self.reference is not None:
-            self._reference = self._frozen("reference", self.reference, reader.like(self.reference).logprobs)
+            self._reference = self._frozen(self.reference, reader.like(self.reference).logprobs)
         if isinstance(self.critic, SharedCritic):  # a few numbers: there is nothing to split
             given = (self.critic, self.critic.forward, self.critic_optimizer, self.max_grad_norm)
             self.backends["critic"] = TorchBackend(*given)
@@ -132,9 +132,9 @@ class Learner:
             return DeepSpeedBackend(module, function, optimizer, self.max_grad_norm, settings)
         return TorchBackend(module, function, optimizer, self.max_grad_norm)
 
-    def _frozen(self, name: str, module: PreTrainedModel, function: Callable[..., Any]) -> Any:
+    def _frozen(self, module: PreTrainedModel, function: Callable[..., Any]) -> Any:
         if self.backend == "deepspeed" and self.deepspeed.zero_stage == 3:
-            return Frozen(module, function, self.deepspeed.of(name))
+            return Frozen(module, function, self.deepspeed)
         return Whole(module, function)
 
     # -- score -------------------------------------------------------------------------------------

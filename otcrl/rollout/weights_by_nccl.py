@@ -161,8 +161,8 @@ def in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:
     def run() -> None:
         try:
             outcome = work(), None
-        except BaseException as error:
-            outcome = None, error  # raised where it is awaited
+        except BaseException as error:  # raised where it is awaited
+            outcome = None, error
         if not loop.is_closed():
             loop.call_soon_threadsafe(settle, *outcome)
 
