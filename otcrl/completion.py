@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from otcrl.errors import ConfigError, nearest
+from otcrl.manual import COMMANDS, Command
 from otcrl.presets import conf_dir, groups, options, presets
 from otcrl.settings import leaves
 
@@ -53,24 +54,9 @@ complete -c otcrl -a '(__otcrl_suggest)'
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
 
 
-class Command(Protocol):
-    """What is read of a command."""
-
-    @property
-    def usage(self) -> str: ...
-
-    @property
-    def flags(self) -> Mapping[str, str]: ...
-
-    @property
-    def lists_presets(self) -> bool:
-        """It takes settings of the config."""
-        ...
-
-
-def run(words: Sequence[str], commands: Mapping[str, Command]) -> int:
+def run(words: Sequence[str]) -> int:
     if list(words) == ["suggest"]:
-        for suggestion in suggestions(os.environ.get("OTCRL_LINE", ""), commands):
+        for suggestion in suggestions(os.environ.get("OTCRL_LINE", "")):
             print(suggestion)
         return 0
     shell = words[0] if len(words) == 1 else ""
@@ -81,18 +67,18 @@ def run(words: Sequence[str], commands: Mapping[str, Command]) -> int:
     return 0
 
 
-def suggestions(line: str, commands: Mapping[str, Command]) -> list[str]:
+def suggestions(line: str) -> list[str]:
     """For the last word of `line`, which may be empty. A word that is complete ends with a space."""
     *before, current = line.split(" ")
     words = [word for word in before if word][1:]  # without the program
     if not words:
-        found = [f"{name} " for name in (*commands, "--help")]
-    elif words[0] not in commands:
+        found = [f"{name} " for name in (*COMMANDS, "--help")]
+    elif words[0] not in COMMANDS:
         found = []
     elif current.startswith("-"):
-        found = [f"{flag} " for flag in (*commands[words[0]].flags, "--help")]
+        found = [f"{flag} " for flag in (*COMMANDS[words[0]].flags, "--help")]
     else:
-        found = of_command(commands[words[0]], words[1:], current)
+        found = of_command(COMMANDS[words[0]], words[1:], current)
     return [word for word in dict.fromkeys(found) if word.startswith(current)]
 
 

@@ -17,6 +17,7 @@ import yaml
 from otcrl import cli
 from otcrl.compose import compose, expand, to_yaml
 from otcrl.errors import ConfigError
+from otcrl.manual import COMMANDS
 from otcrl.presets import presets
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +67,11 @@ def test_help_is_instant_because_it_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - begun < 2.0  # 0.05 s on an idle machine
-    assert all(name in done.stdout for name in cli.COMMANDS)
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_every_command_that_help_names_can_be_run():
+    assert list(cli.RUN) == list(COMMANDS)
 
 
 @pytest.mark.parametrize("command", ["train", "sft", "eval"])

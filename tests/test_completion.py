@@ -13,6 +13,7 @@ import pytest
 
 from otcrl import cli
 from otcrl.completion import composed, suggestions
+from otcrl.manual import COMMANDS
 from otcrl.presets import groups, options, presets
 from otcrl.settings import leaves
 
@@ -21,14 +22,14 @@ PRESETS = [preset.name for preset in presets()]
 
 
 def offered(line: str) -> list[str]:
-    return suggestions(f"otcrl {line}", cli.COMMANDS)
+    return suggestions(f"otcrl {line}")
 
 
 # -- what is offered --------------------------------------------------------------------------------
 
 
 def test_commands_and_their_options():
-    assert {f"{name} " for name in cli.COMMANDS} <= set(offered(""))
+    assert {f"{name} " for name in COMMANDS} <= set(offered(""))
     assert offered("tr") == ["train "]
     assert offered("train --") == ["--cfg ", "--multirun ", "--help "]
     assert offered("nonsense x") == []

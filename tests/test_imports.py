@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "otcrl").rglob("*.py"))
 
 # A module may import what stands on its own line or above it, never below.
 LAYERS = (
-    ("errors", "presets", "secrets", "bucketing", "packing"),
+    ("errors", "presets", "manual", "secrets", "bucketing", "packing"),
     ("jsonlines", "sealed"),
     ("types",),
     ("protocols",),
