@@ -35,7 +35,9 @@ class World:
     seeds: dict[str, tuple[int, ...]]
 
     def runs(self) -> list[tuple[str, int]]:
-        return [(system, seed) for system, seeds in self.seeds.items() for seed in seeds]
+        """All systems of one seed before the next, so that there is something to compare early."""
+        pairs = [(system, seed) for system, seeds in self.seeds.items() for seed in seeds]
+        return sorted(pairs, key=lambda pair: pair[1])
 
 
 WORLDS = {

@@ -54,7 +54,7 @@ def rows(path: Path) -> list[dict[str, object]]:
 
 def test_a_step_is_one_line_however_narrow_the_terminal():
     assert console_lines(1, (STEP, 7)) == [
-        "step 7 reward 0.500 correct 0.750 calls 1.25 tokens 132 kl 0.0010 entropy 0.500 s 3.2 TP 0.600 errors 20%"
+        "step 7 reward 0.500 correct 0.750 calls 1.25 tokens 132 kl 0.0010 entropy 0.500 s 3.2 TP 0.600 errors 20.0%"
     ]
 
 
@@ -72,6 +72,17 @@ def test_without_a_terminal_there_is_no_panel():
         logger = ConsoleLogger(every=1, panel=True, bars=bars, steps=3, console=console)
         logger.log(STEP, 0)
     assert len(screen.getvalue().splitlines()) == 1
+
+
+def test_a_file_is_told_now_and_then_how_far_a_long_phase_is():
+    screen = io.StringIO()
+    console = Console(file=screen, width=100)
+    with Bars(console, silence_s=0.0) as bars, Bars(console, silence_s=3600.0) as patient:
+        bars("cold start")(60, 600)
+        patient("rollout")(1, 8)
+    with Bars(console, silence_s=0.0, quiet=True) as others:  # of another rank
+        others("cold start")(60, 600)
+    assert screen.getvalue().splitlines() == ["cold start: 60 of 600"]
 
 
 def test_the_panel_shows_curves_phases_tool_errors_and_the_time_left_beneath_the_bars():

@@ -73,7 +73,7 @@ class ConsoleLogger:
         if (found := productivity(metrics)) is not None:
             shown["TP"] = f"{found:.3f}"
         if wrong := error_rate([metrics]):
-            shown["errors"] = f"{wrong:.0%}"
+            shown["errors"] = f"{wrong:.1%}"
         if "s" in shown and self._steps > step + 1:
             shown["left"] = self._left(step)
         yield from (cell(label, value) for label, value in shown.items())

@@ -1,7 +1,11 @@
-"""Progress bars that share the terminal with the lines of metrics, and with a panel beneath them."""
+"""Progress bars that share the terminal with the lines of metrics, and with a panel beneath them.
+
+In a file there are no bars. There whatever takes long says now and then how far it is.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from rich import get_console
@@ -19,16 +23,18 @@ from rich.progress import (
 from rich.segment import Segments
 
 REFRESHES = 4  # a second; the learner computes in the same process
+SILENCE_S = 30.0  # between two lines of progress in a file
 
 
 class Bars:
     """`bars("rollout")` is a function to be called with (done, total): a bar that goes when it is full."""
 
-    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+    def __init__(self, console: Console | None = None, *, quiet: bool = False, silence_s: float = SILENCE_S) -> None:
         columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
         ends = (TimeElapsedColumn(), TimeRemainingColumn())
         self._console, self._quiet = console or get_console(), quiet
         self._progress = Progress(*columns, *ends, console=self._console, disable=quiet)  # `_live` draws it
+        self._silence_s, self._said = silence_s, time.monotonic()
         self._panel: RenderableType | None = None
         self._live = Live(
             console=self._console, transient=True, refresh_per_second=REFRESHES, get_renderable=self._everything
@@ -39,6 +45,7 @@ class Bars:
 
         def update(done: int, total: int) -> None:
             nonlocal task
+            self._say(name, done, total)
             if task is None:
                 task = self._progress.add_task(name)
             self._progress.update(task, completed=done, total=total)
@@ -52,6 +59,12 @@ class Bars:
         """Beneath the bars, until another is shown. It is drawn now, and as it is again and again."""
         lines = self._console.render_lines(panel, pad=False, new_lines=True)
         self._panel = Segments([segment for line in lines for segment in line])
+
+    def _say(self, name: str, done: int, total: int) -> None:
+        if self._quiet or self._console.is_terminal or time.monotonic() - self._said < self._silence_s:
+            return
+        self._said = time.monotonic()
+        self._console.print(f"{name}: {done} of {total}", highlight=False)
 
     def _everything(self) -> RenderableType:
         return self._progress if self._panel is None else Group(self._progress, self._panel)
