@@ -33,6 +33,7 @@ from tests.test_sandbox import has_bubblewrap
 
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
+SCRIPTS = [*DOCKER.glob("*.sh"), *DOCKER.glob("slurm/*"), *ROOT.glob("tests/*.sh")]
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 MANIFESTS = sorted((DOCKER / "k8s").glob("*.yaml"))
 TARGETS = ("trainer", "retrieval", "sandbox")
@@ -73,7 +74,7 @@ def test_hadolint_finds_nothing_in_the_dockerfile():
     assert (done.returncode, done.stdout) == (0, "")
 
 
-@pytest.mark.parametrize("path", [*DOCKER.glob("*.sh"), *DOCKER.glob("slurm/*")], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_shellcheck_finds_nothing_in_the_scripts(path: Path):
     done = subprocess.run([tool("shellcheck"), path], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")

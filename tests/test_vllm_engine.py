@@ -194,7 +194,7 @@ def test_a_cancelled_request_is_gone(known):
         with pytest.raises(asyncio.CancelledError):
             await task
         assert known.engine._llm is not None
-        assert known.engine._llm.get_num_unfinished_requests() == 0
+        assert known.engine._llm.output_processor.get_num_unfinished_requests() == 0
 
     known.run(give_up())
 
