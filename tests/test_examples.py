@@ -26,7 +26,8 @@ from otcrl.types import Batch, Forward, Outcome, Scores
 from tests.make import problem, trajectory
 from tests.test_dialect_runs import model, searching, settings, transcripts  # noqa: F401  (model is a fixture)
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 FILES = sorted(EXAMPLES.glob("*.py"))
 COMMAND = re.compile(r"^otcrl train conf=(\w+) (\w+)=(\w+)$", re.MULTILINE)
 SMALL = [
@@ -95,31 +96,21 @@ def test_an_example_trains(name: str, tmp_path: Path):
     assert (tmp_path / "run/summary.json").is_file()
 
 
-def test_the_command_works_as_it_is_written_in_a_folder_of_ones_own(tmp_path: Path):
-    (tmp_path / "reward").mkdir()
-    (tmp_path / "reward/mine.yaml").write_text(
-        yaml.safe_dump(yaml_of(EXAMPLES / "linear.py")).replace("linear.", "own.")
-    )
-    (tmp_path / "own.py").write_text((EXAMPLES / "linear.py").read_text())
+def test_an_own_reward_trains_by_the_lines_of_the_first_page_as_they_are_written(tmp_path: Path):
+    """In an empty folder; only the model and the steps are smaller."""
+    blocks = re.findall(r"```\n(.*?)```", (ROOT / "docs/start.md").read_text(), re.DOTALL)
+    lines = next(block for block in blocks if block.startswith("mkdir reward\n"))
+    small = " ".join([*SMALL, "tools.python.isolation=none"])
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "otcrl",
-            "train",
-            "conf=quickstart",
-            "reward=mine",
-            *SMALL,
-            "tools.python.isolation=none",
-        ],
+        ["bash", "-euc", f'otcrl() {{ "{sys.executable}" -m otcrl "$@" {small}; }}\n{lines}'],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert "reward/tool" in metrics(tmp_path / "runs/quickstart")[0]
+    assert "reward/correct" in metrics(tmp_path / "runs/mine")[0]
 
 
 def test_a_yaml_with_the_name_of_one_of_otcrls_own_is_refused_so_that_neither_wins_unsaid(
