@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from otcrl.learner.learner import Learner
 from otcrl.learner.proof import Proof
 from otcrl.learner.thread import LearnerThread
 from otcrl.loggers import Loggers
-from otcrl.loggers.jsonl import JsonlLogger, drop_from, whole_lines
+from otcrl.loggers.jsonl import JsonlLogger
 from otcrl.loggers.progress import Bars
 from otcrl.models.critic import Critic, SharedCritic
 from otcrl.models.lora import Lora
@@ -42,8 +41,8 @@ from otcrl.preflight import (
     check_questions,
 )
 from otcrl.presets import conf_dir
-from otcrl.protocols import Algorithm, Dialect, Engine, Logger, Task, Tool
-from otcrl.resume import Start, find_start, identities, unwritable
+from otcrl.protocols import Algorithm, Dialect, Engine, Task, Tool
+from otcrl.resume import Start, earlier_steps, find_start, identities, unwritable
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Limits, Player
 from otcrl.rollout.schedule import Rollouts, Schedule
@@ -120,7 +119,8 @@ def run_sft(cfg: Config) -> None:
     plain = {"reference": None, "critic": None, "steps": 0, "seed": cfg["seed"], "temperature": 1.0}
     learner = construct_as(Learner, cfg["learner"], "learner", policy=world.model, **plain)
     folder = Path(cfg["run_dir"])
-    Start(folder=folder).prepare(cfg)
+    with Start(folder=folder).prepared(cfg):
+        pass
     with Bars(quiet=not dist.is_first()) as bars:
         cold_start(learner, world.tokenizer, world.task, world.dialect, world.sft, folder, bars, name="model")
     asyncio.run(close(world.tools))
@@ -336,20 +336,10 @@ def build_run(cfg: Config, world: World, bars: Bars, start: Start) -> Run:
     proof = construct_as(Proof, cfg["sync"], "sync")
     health = construct_as(Health, cfg["health"], "health")
     folder = start.folder
-    start.prepare(cfg)
-    metrics, transcripts = folder / "metrics.jsonl", folder / "transcripts.jsonl"
-    if dist.is_first():
-        for path in (metrics, transcripts, folder / "spikes.jsonl"):
-            drop_from(path, start.step)  # what a resumed run writes again
-    dist.barrier("the run's directory")
-    earlier = [json.loads(line) for line in whole_lines(metrics)] if metrics.is_file() else []
-    health.hear(earlier)
-    loggers: list[Logger] = []
-    if dist.is_first():
-        wired = {"name": cfg["name"], "folder": folder, "config": public(cfg), "steps": loop.steps, "bars": bars}
-        wired |= {"resume_step": start.step if start.goes_on else None, "earlier": earlier}
-        extra = [construct(section, f"logger.{key}", **wired) for key, section in cfg["logger"].items()]
-        loggers = [JsonlLogger(metrics), *extra]
+    with start.prepared(cfg):
+        earlier = earlier_steps(folder, start.step)
+        health.hear(earlier)
+        logger = build_logger(cfg, loop, start, earlier, bars)
     return Run(
         task=world.task,
         collector=collector,
@@ -362,15 +352,25 @@ def build_run(cfg: Config, world: World, bars: Bars, start: Start) -> Run:
         tokenizer=world.tokenizer,
         rollouts=rollouts,
         thread=LearnerThread(),
-        logger=Loggers(loggers),
+        logger=logger,
         saver=build_saver(cfg, world.tools, loop, folder, earlier),
         termination=Termination(),
         loop=loop,
         health=health,
-        transcripts=Transcripts(path=transcripts, tokenizer=world.tokenizer),
+        transcripts=Transcripts(path=folder / "transcripts.jsonl", tokenizer=world.tokenizer),
         folder=folder,
         bars=bars,
     )
+
+
+def build_logger(cfg: Config, loop: Loop, start: Start, earlier: list[dict[str, Any]], bars: Bars) -> Loggers:
+    """Only the first rank says anything."""
+    if not dist.is_first():
+        return Loggers([])
+    wired = {"name": cfg["name"], "folder": start.folder, "config": public(cfg), "steps": loop.steps, "bars": bars}
+    wired |= {"resume_step": start.step if start.goes_on else None, "earlier": earlier}
+    extra = [construct(section, f"logger.{key}", **wired) for key, section in cfg["logger"].items()]
+    return Loggers([JsonlLogger(start.folder / "metrics.jsonl"), *extra])
 
 
 def build_saver(

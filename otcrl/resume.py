@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from otcrl import checkpoint, dist, sealed
 from otcrl.checkpoint import Checkpoint
 from otcrl.compose import load, to_yaml
 from otcrl.errors import ConfigError, DataError, OtcrlError
+from otcrl.loggers.jsonl import drop_from, whole_lines
 from otcrl.settings import leaves
 
 T = TypeVar("T")
@@ -45,18 +48,32 @@ class Start:
     def step(self) -> int:
         return self.checkpoint.standing.step if self.checkpoint is not None else 0
 
-    def prepare(self, cfg: Config) -> None:
-        """The run directory with the config in it. What is there of another run is renamed, never lost. All ranks."""
-        decided_by_first(partial(self._prepare, cfg), "making the run's directory")
+    @contextmanager
+    def prepared(self, cfg: Config) -> Iterator[None]:
+        """The run directory with the config in it. What is there of another run is renamed, never lost. All ranks.
 
-    def _prepare(self, cfg: Config) -> None:
-        if self.goes_on:
-            (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that is finished
-            sealed.clear(self.folder)
-            sealed.clear(self.folder / "checkpoints")
-            keep_config(self.folder, cfg, self.step)
-        else:
-            new_folder(self.folder, cfg)
+        If the body fails, a directory that was made for it goes, and the run that made room comes back.
+        """
+        old = decided_by_first(partial(self._prepare, cfg), "making the run's directory")
+        try:
+            yield
+        except BaseException:  # whatever it is goes on, and finds everything as it was
+            if dist.is_first() and not self.goes_on:
+                shutil.rmtree(self.folder)
+                if old is not None:
+                    old.rename(self.folder)
+            raise
+        if old is not None and dist.is_first():
+            print(f"otcrl: {self.folder} held an earlier run, now {old}")
+
+    def _prepare(self, cfg: Config) -> Path | None:
+        if not self.goes_on:
+            return new_folder(self.folder, cfg)
+        (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that is finished
+        sealed.clear(self.folder)
+        sealed.clear(self.folder / "checkpoints")
+        keep_config(self.folder, cfg, self.step)
+        return None
 
 
 def find_start(cfg: Config) -> Start:
@@ -183,17 +200,18 @@ def tell(text: str) -> None:
 # -- the run directory ------------------------------------------------------------------------------------
 
 
-def new_folder(folder: Path, cfg: Config) -> None:
-    """An empty run directory with the config in it."""
+def new_folder(folder: Path, cfg: Config) -> Path | None:
+    """An empty run directory with the config in it; where the run is now that was there."""
+    old: Path | None = None
     with unwritable(folder):
         if folder.exists() and any(folder.iterdir()):
             number = 1
             while (old := folder.with_name(f"{folder.name}.{number}")).exists():
                 number += 1
             folder.rename(old)
-            print(f"otcrl: {folder} held an earlier run, now {old}")
         folder.mkdir(parents=True, exist_ok=True)
         sealed.write_whole(folder / "config.yaml", as_kept(cfg))
+    return old
 
 
 def keep_config(folder: Path, cfg: Config, step: int) -> None:
@@ -208,6 +226,16 @@ def keep_config(folder: Path, cfg: Config, step: int) -> None:
 def as_kept(cfg: Config) -> str:
     """Without what was asked of this start alone."""
     return to_yaml(dict(cfg) | {"resume": "auto", "resume_changed": False})
+
+
+def earlier_steps(folder: Path, step: int) -> list[dict[str, Any]]:
+    """What metrics.jsonl has of the steps before `step`. A resumed run writes the later ones again. All ranks."""
+    if dist.is_first():
+        for name in ("metrics.jsonl", "transcripts.jsonl", "spikes.jsonl"):
+            drop_from(folder / name, step)
+    dist.barrier("the run's directory")
+    metrics = folder / "metrics.jsonl"
+    return [json.loads(line) for line in whole_lines(metrics)] if metrics.is_file() else []
 
 
 @contextmanager

@@ -309,14 +309,19 @@ def test_a_file_that_is_not_there_is_refused_with_the_nearest_name(
     assert "Did you mean 'train.jsonl'?" in refusal(capsys, *words)
 
 
-def test_a_model_that_cannot_be_used_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_model_that_cannot_be_used_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     data = tmp_path / "train.jsonl"
     for path in (data, tmp_path / "test.jsonl"):
         path.write_text(ROW)
     words = ["train", *questions(model, data)]
     assert "has no chat template: set model.chat=false." in refusal(capsys, *words, "model.chat=true")
     assert "holds no model: there is no config.json" in refusal(capsys, *words, f"model.path={tmp_path}")
-    assert "is neither a directory nor a hub model" in refusal(capsys, *words, "model.path=/none/such")
+    assert "model.path '/none/such' is not a directory" in refusal(capsys, *words, "model.path=/none/such")
+    monkeypatch.chdir(tmp_path)
+    expected = "model.path 'models/smollm2' is not a directory: otcrl models smollm2 out=models/smollm2 writes it"
+    assert expected in refusal(capsys, *words, "model.path=models/smollm2")  # what presets say, in an empty folder
     assert "model.device must be auto, cpu, cuda or cuda:N" in refusal(capsys, *words, "model.device=cudaa")
     copy = shutil.copytree(model, tmp_path / "endless")
     settings = json.loads((copy / "tokenizer_config.json").read_text())

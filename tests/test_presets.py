@@ -38,7 +38,7 @@ def command(preset: Preset) -> str:
 # -- published values -------------------------------------------------------------------------------------
 
 Values = Mapping[str, object]
-SEARCH: Values = {  # arXiv:2503.09516 App. B.2 and scripts/nq_hotpotqa/v0.2 (FACTS 4.3, 4.6), re-used by OTC (FACTS 2)
+SEARCH: Values = {  # arXiv:2503.09516 App. B.2 and scripts/nq_hotpotqa/v0.2, re-used by OTC
     "model.path": "Qwen/Qwen2.5-3B",
     "task.train": ["PeterJinGo/nq_hotpotqa_train:train"],
     "task.in_domain": ["nq", "hotpotqa"],
@@ -72,8 +72,8 @@ PPO: Values = {
     "learner.critic_optimizer.warmup_steps": round(0.015 * 1005),
 }
 FORMAT: Values = {"reward.structure": 0.2, "reward.final": 0.1, "reward.retrieval": 0.0}  # facts 4.5
-OTC: Values = {"reward.alpha": 1.0, "reward.combine": "product", "reward.format_weight": 0.0}  # Sec. 4.1 (FACTS 1.4)
-CODE: Values = {  # scripts/torl_1.5b.sh (FACTS 5.6), with C = 3 of OTC (FACTS 2)
+OTC: Values = {"reward.alpha": 1.0, "reward.combine": "product", "reward.format_weight": 0.0}  # Sec. 4.1
+CODE: Values = {  # scripts/torl_1.5b.sh, with C = 3 of OTC
     "model.path": "Qwen/Qwen2.5-Math-1.5B",
     "model.chat": False,
     "task.match": "math",
@@ -89,7 +89,7 @@ CODE: Values = {  # scripts/torl_1.5b.sh (FACTS 5.6), with C = 3 of OTC (FACTS 2
     "algo.kl_coef": 0.0,
     "algo.entropy_coef": 0.0,
 }
-TOOLRL: Values = {  # examples/grpo_trainer/run_grpo.sh (FACTS 7)
+TOOLRL: Values = {  # examples/grpo_trainer/run_grpo.sh
     "loop.problems_per_step": 512,
     "loop.steps": 3920 // 512 * 15,
     "rollout.temperature": 1.0,
@@ -97,7 +97,7 @@ TOOLRL: Values = {  # examples/grpo_trainer/run_grpo.sh (FACTS 7)
     "reward.matching": "greedy",
     "reward.most": 3.0,
 }
-INSTRUCT: Values = {"model.path": "Qwen/Qwen2.5-3B-Instruct"}  # arXiv:2503.09516 Sec. 4.3 (FACTS 4.9)
+INSTRUCT: Values = {"model.path": "Qwen/Qwen2.5-3B-Instruct"}  # arXiv:2503.09516 Sec. 4.3
 PUBLISHED: dict[str, Values] = {
     "search_r1_grpo": SEARCH | GRPO | {"reward.require_well_formed": False},
     "search_r1_grpo_format": SEARCH | GRPO | FORMAT | {"learner.policy_optimizer.lr": 5e-7},
@@ -120,7 +120,7 @@ PUBLISHED: dict[str, Values] = {
     "r1_base_code": {**CODE, "rollout.limits.max_calls": 0, "tools": {}},
     "cot_code": {"model.path": "Qwen/Qwen2.5-Math-1.5B-Instruct", "tools": {}},
     "tir_code": {"model.path": "Qwen/Qwen2.5-Math-1.5B-Instruct", "rollout.limits.max_calls": 3},
-    "retool": {  # arXiv:2504.11536 Sec. 2.2, 2.3, 3.1 (FACTS 6)
+    "retool": {  # arXiv:2504.11536 Sec. 2.2, 2.3, 3.1
         "model.path": "Qwen/Qwen2.5-32B-Instruct",
         "task.train": ["BytedTsinghua-SIA/DAPO-Math-17k:train"],
         "task.traces": ["JoeYing/ReTool-SFT:train"],

@@ -107,6 +107,18 @@ def test_a_finished_run_is_moved_aside(tmp_path):
     assert (tmp_path / "run.1/summary.json").is_file()
 
 
+def test_a_finished_run_stays_where_it_is_when_the_next_cannot_begin(tmp_path, monkeypatch, capsys):
+    assert train(tmp_path / "run") == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    assert train(tmp_path / "run", "logger=wandb") == 2
+    assert "wandb is not installed" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert train(tmp_path / "new", "logger=wandb") == 2
+    assert not (tmp_path / "new").exists()
+
+
 def test_resume_never_begins_anew_and_loses_nothing(stopped, capsys):
     assert train(stopped, *SAME, "resume=never") == 0
     assert checkpoints(stopped.with_name("run.1")) == ["step-000001", "step-000002"]

@@ -30,7 +30,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeed:
-    """How training is split over the ranks. DESIGN: https://www.deepspeed.ai/docs/config-json/"""
+    """How training is split over the ranks. See https://www.deepspeed.ai/docs/config-json/"""
 
     zero_stage: Literal[1, 2, 3]  # 0, everything on every rank, is the torch backend
     offload: Literal["none", "cpu", "nvme"]  # of the optimizer's state

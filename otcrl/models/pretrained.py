@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = ("float32", "bfloat16", "float16")
+LOCAL = (".", "/", "~", "models/")  # nobody's name on the hub begins like this
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,6 @@ class Pretrained:
             raise DataError(f"model.device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
         if not usable:
             raise DataError(f"model.device is {device!r}, and torch sees no GPU: use cpu or auto")
-        if Path(self.path).is_dir() and not (Path(self.path) / "config.json").is_file():
-            raise DataError(f"model.path {self.path!r} holds no model: there is no config.json in it")
         tokenizer = self.load_tokenizer(words)
         with self._unreadable():
             model = AutoModelForCausalLM.from_pretrained(self.path, dtype=getattr(torch, self.dtype))
@@ -57,10 +56,20 @@ class Pretrained:
         """The tokenizer alone, for an engine that needs no weights here."""
         from transformers import AutoTokenizer
 
+        self._check_path()
         with self._unreadable():
             tokenizer = AutoTokenizer.from_pretrained(self.path)
         chat = self.chat if self.chat is not None else bool(tokenizer.chat_template)
         return HFTokenizer(hf=tokenizer, chat=chat)
+
+    def _check_path(self) -> None:
+        """Raises DataError for a path that the hub would be asked for in vain."""
+        path = Path(self.path)
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise DataError(f"model.path {self.path!r} holds no model: there is no config.json in it")
+        if self.path.startswith(LOCAL) and not path.is_dir():
+            how = f": otcrl models smollm2 out={self.path} writes it" if path.name == "smollm2" else ""
+            raise DataError(f"model.path {self.path!r} is not a directory{how}")
 
     @contextmanager
     def _unreadable(self) -> Iterator[None]:
