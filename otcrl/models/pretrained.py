@@ -44,6 +44,8 @@ class Pretrained:
             raise DataError(f"model.device must be auto, cpu, cuda or cuda:N, got {device!r}") from error
         if not usable:
             raise DataError(f"model.device is {device!r}, and torch sees no GPU: use cpu or auto")
+        if Path(self.path).is_dir() and not (Path(self.path) / "config.json").is_file():
+            raise DataError(f"model.path {self.path!r} holds no model: there is no config.json in it")
         tokenizer = self.load_tokenizer(words)
         with self._unreadable():
             model = AutoModelForCausalLM.from_pretrained(self.path, dtype=getattr(torch, self.dtype))
@@ -65,8 +67,6 @@ class Pretrained:
     def _check_path(self) -> None:
         """Raises DataError for a path that the hub would be asked for in vain."""
         path = Path(self.path)
-        if path.is_dir() and not (path / "config.json").is_file():
-            raise DataError(f"model.path {self.path!r} holds no model: there is no config.json in it")
         if self.path.startswith(LOCAL) and not path.is_dir():
             how = f": otcrl models smollm2 out={self.path} writes it" if path.name == "smollm2" else ""
             raise DataError(f"model.path {self.path!r} is not a directory{how}")
