@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -97,6 +98,15 @@ def test_every_page_opens_alone_without_a_complaint_and_fits_the_screen(open_, r
     assert opened.page.locator("section.training .u-wrap canvas").count() > 15
     assert opened.errors == []
     assert [url for url in opened.requests if not url.startswith(("file:", "data:"))] == []
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_what_a_report_of_one_run_lacks_leaves_no_trace(open_, tmp_path, steps):
+    opened = open_(written(tmp_path, write_run(tmp_path / "run", steps=steps, problems=2, group=2)))
+    for name in PAGES:
+        shown = opened.go(name).inner_text()
+        assert not re.search(r"\b(null|undefined|NaN)\b", shown), f"{name}: {shown}"
+    assert opened.errors == []
 
 
 def test_charts_are_drawn_anew_when_light_turns_to_dark(open_, report):

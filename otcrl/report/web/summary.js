@@ -27,7 +27,7 @@ function summaryPage(page) {
       { caption: "Runs" },
     ),
     ...evaluationTables(),
-    differences(),
+    ...differences(),
     h("h3", {}, "Settings"),
     ...report.runs.map((run) =>
       h("details", {}, h("summary", {}, run.name), h("pre", { tabindex: 0 }, run.config || "no config.yaml")),
@@ -170,13 +170,15 @@ function offloadingTables(rows) {
 }
 
 function differences() {
-  if (!report.differences.length) return null;
-  return table(
-    report.differences,
-    [
-      { label: "setting", text: (row) => row[0] },
-      ...report.runs.map((run, k) => ({ label: run.name, text: (row) => row[k + 1] ?? NOTHING })),
-    ],
-    { caption: "Settings that differ", page: 12 },
-  );
+  if (!report.differences.length) return [];
+  return [
+    table(
+      report.differences,
+      [
+        { label: "setting", text: (row) => row[0] },
+        ...report.runs.map((run, k) => ({ label: run.name, text: (row) => row[k + 1] ?? NOTHING })),
+      ],
+      { caption: "Settings that differ", page: 12 },
+    ),
+  ];
 }
