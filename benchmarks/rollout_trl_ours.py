@@ -17,7 +17,7 @@ from rollout_parts import section
 from rollout_work import Finishes
 
 import otcrl
-from otcrl.build import build_run, build_world, close
+from otcrl.build import build_run, build_world, close, start_process
 from otcrl.compose import compose
 from otcrl.loggers.progress import Bars
 from otcrl.resume import Start
@@ -80,6 +80,7 @@ async def steps(run: Run, spec: dict[str, Any]) -> list[dict[str, float]]:
 def main(spec: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         cfg = config(spec, folder)
+        start_process(cfg)
         world = build_world(cfg)
         run = build_run(cfg, world, Bars(), Start(folder=Path(folder) / "run"))
         try:

@@ -65,8 +65,7 @@ Config = Mapping[str, Any]  # plain nested values, as `compose` hands them on
 
 def run_train(cfg: Config) -> None:
     """`otcrl train`: cold start if the config has one, evaluation, training, evaluation, summary."""
-    dist.start(construct_as(dist.Ranks, cfg["ranks"], "ranks"))
-    check_names(cfg)
+    start_process(cfg)
     start = find_start(cfg)
     config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
     world = build_world(cfg, trains=True)
@@ -90,6 +89,16 @@ def run_train(cfg: Config) -> None:
     dist.stop()
 
 
+def start_process(cfg: Config) -> None:
+    """Among how many it is, and with how many threads it computes: a checkpoint is asked for both."""
+    import torch
+
+    dist.start(construct_as(dist.Ranks, cfg["ranks"], "ranks"))
+    check_names(cfg)
+    if cfg.get("threads") is not None:
+        torch.set_num_threads(cfg["threads"])
+
+
 def take_up(run: Run, world: World, start: Start, bars: Bars) -> float:
     """The run stands where it begins: after its cold start, or at a checkpoint. Returns the seconds of a cold start."""
     if start.checkpoint is not None:
@@ -111,7 +120,7 @@ def take_up(run: Run, world: World, start: Start, bars: Bars) -> float:
 
 def run_sft(cfg: Config) -> None:
     """`otcrl sft`: the cold start alone; the model is written to run_dir/model."""
-    dist.start(construct_as(dist.Ranks, cfg["ranks"], "ranks"))
+    start_process(cfg)
     world = build_world(cfg, trains=True)
     if world.sft.steps < 1:
         raise ConfigError("sft.steps is 0: there is nothing to do")
@@ -129,7 +138,7 @@ def run_sft(cfg: Config) -> None:
 
 def run_eval(cfg: Config) -> None:
     """`otcrl eval`: measure the model of `run=`, `model=` or `conf=` on held-out problems, or on `data=`."""
-    dist.start(construct_as(dist.Ranks, cfg["ranks"], "ranks"))
+    start_process(cfg)
     config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
     run, path = cfg["run"], cfg["checkpoint"]
     if run is not None:
@@ -199,13 +208,9 @@ class World:
 
 def build_world(cfg: Config, *, weights: bool = True, trains: bool = False) -> World:
     """`trains`: a learner is built of the model, which may be split over the ranks from the beginning."""
-    import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # its bars for loading and saving tear those of the run
-    check_names(cfg)
-    if cfg.get("threads") is not None:
-        torch.set_num_threads(cfg["threads"])
     tools: dict[str, Tool] = {}  # filled below: the task shows the tools in prompts, and may bring their corpus
     task = construct(cfg["task"], "task", tools=tools)
     own = [Passage(*row) for row in task.own_corpus()] if hasattr(task, "own_corpus") else []
