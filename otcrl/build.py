@@ -90,7 +90,7 @@ def run_train(cfg: Config) -> None:
 
 
 def start_process(cfg: Config) -> None:
-    """Among how many it is, and with how many threads it computes: a checkpoint is asked for both."""
+    """Joins the run's ranks and sets the threads: a run that goes on says if its checkpoint had others."""
     import torch
 
     dist.start(construct_as(dist.Ranks, cfg["ranks"], "ranks"))

@@ -71,7 +71,7 @@ PPO: Values = {
     "learner.critic_optimizer.lr": 1e-5,
     "learner.critic_optimizer.warmup_steps": round(0.015 * 1005),
 }
-FORMAT: Values = {"reward.structure": 0.2, "reward.final": 0.1, "reward.retrieval": 0.0}  # facts 4.5
+FORMAT: Values = {"reward.structure": 0.2, "reward.final": 0.1, "reward.retrieval": 0.0}
 OTC: Values = {"reward.alpha": 1.0, "reward.combine": "product", "reward.format_weight": 0.0}  # Sec. 4.1
 CODE: Values = {  # scripts/torl_1.5b.sh, with C = 3 of OTC
     "model.path": "Qwen/Qwen2.5-Math-1.5B",

@@ -29,12 +29,12 @@ SILENCE_S = 30.0  # between two lines of progress in a file
 class Bars:
     """`bars("rollout")` is a function to be called with (done, total): a bar that goes when it is full."""
 
-    def __init__(self, console: Console | None = None, *, quiet: bool = False, silence_s: float = SILENCE_S) -> None:
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn())
         ends = (TimeElapsedColumn(), TimeRemainingColumn())
         self._console, self._quiet = console or get_console(), quiet
         self._progress = Progress(*columns, *ends, console=self._console, disable=quiet)  # `_live` draws it
-        self._silence_s, self._said = silence_s, time.monotonic()
+        self._said = time.monotonic()
         self._panel: RenderableType | None = None
         self._live = Live(
             console=self._console, transient=True, refresh_per_second=REFRESHES, get_renderable=self._everything
@@ -61,7 +61,7 @@ class Bars:
         self._panel = Segments([segment for line in lines for segment in line])
 
     def _say(self, name: str, done: int, total: int) -> None:
-        if self._quiet or self._console.is_terminal or time.monotonic() - self._said < self._silence_s:
+        if self._quiet or self._console.is_terminal or time.monotonic() - self._said < SILENCE_S:
             return
         self._said = time.monotonic()
         self._console.print(f"{name}: {done} of {total}", highlight=False)
