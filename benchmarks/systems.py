@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 OTCRL = [sys.executable, "-m", "otcrl"]
+FILES = "${{oc.env:OTCRL_DATA}}/{}/train.jsonl.gz"
 PPO = ["algo=ppo", "algo.kl_reward_coef=0.0", "rollout.group_size=1"]  # with a body of its own for the critic
 
 
@@ -55,16 +56,26 @@ WORLDS = {
         },
         seeds={"torl_grpo": (0, 1), "otc_grpo": (0, 1), "otc_grpo_c10": (0,)},
     ),
+    "sums": World(  # python without small products: what remains small is known by heart
+        settings=(
+            *("conf=smollm2_python", "task.seed=0", "task.test_share=0.3", "task.test_size=120"),
+            *("~task.kinds.small_product", "task.kinds.small_sum.weight=1.5"),
+        ),
+        start=("sft.steps=96", "sft.optimizer.lr=3e-4", "task.demo_overcall=0.4", "task.kinds.small_sum.weight=4.5"),
+        training=("loop.steps=40", "loop.problems_per_step=6", "learner.autocast=bfloat16"),
+        systems={"torl_grpo": ["reward=torl"], "otc_grpo": ["reward=otc_grpo", "reward.c=3.0"]},
+        seeds={"torl_grpo": (0, 1), "otc_grpo": (0, 1)},
+    ),
     "search": World(
         settings=(
-            "conf=smollm2_search",
-            "task.seed=0",
-            "task.train=[${oc.env:OTCRL_DATA}/hotpotqa/train.jsonl.gz,${oc.env:OTCRL_DATA}/2wikimultihopqa/train.jsonl.gz]",
+            *("conf=smollm2_search", "task.seed=0", "task.max_test=100"),
+            f"task.train=[{FILES.format('hotpotqa')},{FILES.format('2wikimultihopqa')}]",
             "task.in_domain=[hotpotqa,2wikimultihopqa]",  # MuSiQue is held out
-            "task.max_test=100",
+            *("tools.search.topk=1", "task.demo_passages=1"),  # one passage of 40 words: half the tokens of two of 30
+            *("tools.search.max_passage_words=40", "task.demo_max_words=40"),
         ),
-        start=(),
-        training=("loop.steps=48",),
+        start=("sft.steps=80",),
+        training=("loop.steps=40", "model.dtype=bfloat16"),
         systems={
             "search_r1_grpo": ["reward=outcome"],
             "otc_grpo": ["reward=otc_grpo", "reward.c=4.0"],
@@ -87,7 +98,7 @@ def main() -> None:
 
     world, folder = WORLDS[options.world], options.runs / options.world
     start = folder / "start"
-    once(start, "model", [*OTCRL, "sft", *world.settings, *world.start, f"run_dir={start}"], options.dry)
+    once(start, "model", [*OTCRL, "sft", *world.settings, *world.start, "threads=1", f"run_dir={start}"], options.dry)
     measured = [*OTCRL, "eval", *world.settings, f"model={start}/model", f"run_dir={start}", "evaluate.sampled=true"]
     once(start, "eval/sampled/report.json", measured, options.dry)
     chosen = [(system, seed) for system, seed in world.runs() if not options.only or f"{system}-{seed}" in options.only]

@@ -134,7 +134,8 @@ def gold_ids(record: Record, passages: dict[Paragraph, str], name: str) -> list[
 
 def line(problem: Problem, name: str, gold: list[str]) -> dict[str, object]:
     """The problem as a row that `plain` reads, with an id that makes it the same problem again."""
-    row: dict[str, object] = {"id": problem.id.split("/", 2)[2]}
+    _, key = problem.id.removeprefix(f"{problem.source}/").split("/", 1)  # SOURCE/SPLIT/KEY, and names may hold slashes
+    row: dict[str, object] = {"id": key}
     if problem.source != name:
         row["data_source"] = problem.source
     row |= {"question": problem.question, "answers": list(problem.answers)}

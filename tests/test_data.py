@@ -106,10 +106,12 @@ def test_a_hub_data_set_is_read_with_its_variant_and_its_splits_get_our_names(tm
 
 def test_sources_of_one_file_keep_their_names_so_that_ids_do_not_collide(tmp_path: Path):
     nq = ROWS["search_r1"][0] | {"data_source": "nq"}
-    source = write_rows(tmp_path / "train.jsonl", [nq, nq | {"data_source": "hotpotqa"}])
+    others = [nq | {"data_source": name} for name in ("hotpotqa", "openai/gsm8k")]
+    source = write_rows(tmp_path / "train.jsonl", [nq, *others])
     assert cli.main(["data", "search_r1", f"from={source}", f"out={tmp_path}"]) == 0
     problems = read_problems(str(tmp_path / "search_r1" / "train.jsonl.gz"))
-    assert [(p.id, p.source) for p in problems] == [("nq/train/3", "nq"), ("hotpotqa/train/3", "hotpotqa")]
+    names = ("nq", "hotpotqa", "openai/gsm8k")
+    assert [(p.id, p.source) for p in problems] == [(f"{name}/train/3", name) for name in names]
 
 
 def test_the_same_rows_are_the_same_bytes_and_max_takes_the_first(tmp_path: Path):

@@ -64,6 +64,7 @@ PIECES = [
     *("```python\n", "```output", "```", "\n", "\\boxed{", "{", "}", '"', "[", "\\ud800", "1e999", "NaN", "é", " x "),
     *('{"name": "search", "arguments": {"input": "q"}}', '{"name": "python", "parameters": {"input": "1"}}'),
 ]  # fmt: skip
+MARK = "MARK"  # in place of what a call says
 garbage = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12).map("".join)
 
 
@@ -121,11 +122,50 @@ def test_a_call_that_is_never_closed_or_never_opened_is_named(dialect: Dialect):
         assert "never" in action.why or "stands before" in action.why
 
 
-def test_a_call_inside_a_call_is_no_call(dialect: Dialect):
-    whole, inner = dialect.write_call("python", "1"), dialect.write_call("search", "q")
-    nested = whole.replace("1", inner, 1)
-    action = dialect.parse(nested, TOOLS)
-    assert action != Call("search", "q")
+calls = st.tuples(st.sampled_from(["search", "python"]), plain.map(str.strip))
+
+
+@given(calls, calls, st.sampled_from(["", "\n", " so "]))
+def test_a_call_inside_a_call_is_text_of_it_or_breaks_it(outer: tuple[str, str], inner: tuple[str, str], gap: str):
+    for name, dialect in ALL.items():
+        begin, end = dialect.write_call(outer[0], MARK).split(MARK)
+        inside = f"{gap}{dialect.write_call(*inner)}{gap}"
+        found = dialect.parse(begin + inside + end, TOOLS)
+        if name in ("hermes", "toolrl"):  # JSON can hold no tag as it is
+            assert isinstance(found, Calls), name
+            assert isinstance(found.calls[0], Malformed), name
+        elif name == "search_r1" and inner[0] != outer[0]:
+            assert found == Call(outer[0], inside.strip())
+        else:  # the inner closing tag, or Markdown's inner fence, closes the outer one
+            assert isinstance(found, Call | Malformed), name
+
+
+@given(st.lists(calls, min_size=2, max_size=4), st.data())
+def test_of_several_calls_in_a_turn_all_are_read_or_the_first(several: list[tuple[str, str]], data: st.DataObject):
+    """All of them, in their order, a broken one in its place; or, where a call ends the turn, the first alone."""
+    broken = data.draw(st.sampled_from([None, *range(len(several))]))
+    for name, dialect in ALL.items():
+        turn = [("python", said) for _, said in several] if name == "retool" else several
+        written = [dialect.write_call(*call) for call in turn]
+        if name not in ("hermes", "toolrl"):
+            assert dialect.parse("\n".join(written), TOOLS) == Call(*turn[0]), name
+            continue
+        expected: list[Call | type[Malformed]] = [Call(*call) for call in turn]
+        if broken is not None:
+            written[broken] = "<tool_call>\n{]\n</tool_call>"
+            expected[broken] = Malformed
+        found = dialect.parse("\n".join(written), TOOLS)
+        assert isinstance(found, Calls), name
+        assert [Malformed if isinstance(call, Malformed) else call for call in found.calls] == expected, name
+
+
+@given(calls, st.data())
+def test_a_call_that_breaks_off_is_never_run(call: tuple[str, str], data: st.DataObject):
+    for name, dialect in ALL.items():
+        whole = dialect.write_call("python", call[1])
+        cut = data.draw(st.integers(0, len(whole) - 1))
+        found = dialect.parse(whole[:cut], TOOLS)
+        assert not isinstance(found, Call | Calls | Answer), (name, whole[:cut])
 
 
 def test_every_result_of_a_turn_is_shown_in_its_order(dialect: Dialect):

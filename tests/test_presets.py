@@ -71,8 +71,14 @@ PPO: Values = {
     "learner.critic_optimizer.lr": 1e-5,
     "learner.critic_optimizer.warmup_steps": round(0.015 * 1005),
 }
+EXACT: Values = {"reward.require_well_formed": False}  # v0.1 and v0.2 pay for exact match alone
 FORMAT: Values = {"reward.structure": 0.2, "reward.final": 0.1, "reward.retrieval": 0.0}
 OTC: Values = {"reward.alpha": 1.0, "reward.combine": "product", "reward.format_weight": 0.0}  # Sec. 4.1
+TRANSCRIPT = (  # tir_base_0309 of verl/utils/dataset/rl_dataset.py
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it.\n"
+    "User: Please integrate natural language reasoning with programs to solve the problem above, "
+    "and put your final answer within \\boxed{}.\n{question}\nAssistant:\n"
+)
 CODE: Values = {  # scripts/torl_1.5b.sh, with C = 3 of OTC
     "model.path": "Qwen/Qwen2.5-Math-1.5B",
     "model.chat": False,
@@ -83,12 +89,15 @@ CODE: Values = {  # scripts/torl_1.5b.sh, with C = 3 of OTC
     "rollout.limits.max_calls": 3,
     "rollout.limits.max_tokens": 3072,
     "tools.python.timeout_s": 10.0,
+    "tools.python.max_output_chars": 256,
+    "tools.python.show_value": False,
     "learner.policy_optimizer.lr": 1e-6,
     "learner.minibatch_size": 0,
     "algo.clip_high": 0.2,
     "algo.kl_coef": 0.0,
     "algo.entropy_coef": 0.0,
 }
+ASKED: Values = {"dialect.instructions": TRANSCRIPT}
 TOOLRL: Values = {  # examples/grpo_trainer/run_grpo.sh
     "loop.problems_per_step": 512,
     "loop.steps": 3920 // 512 * 15,
@@ -99,12 +108,12 @@ TOOLRL: Values = {  # examples/grpo_trainer/run_grpo.sh
 }
 INSTRUCT: Values = {"model.path": "Qwen/Qwen2.5-3B-Instruct"}  # arXiv:2503.09516 Sec. 4.3
 PUBLISHED: dict[str, Values] = {
-    "search_r1_grpo": SEARCH | GRPO | {"reward.require_well_formed": False},
+    "search_r1_grpo": SEARCH | GRPO | EXACT,
     "search_r1_grpo_format": SEARCH | GRPO | FORMAT | {"learner.policy_optimizer.lr": 5e-7},
-    "search_r1_ppo": SEARCH | PPO | {"reward.require_well_formed": False},
+    "search_r1_ppo": SEARCH | PPO | EXACT,
     "search_r1_ppo_format": SEARCH | PPO | FORMAT,
-    "otc_grpo_search": SEARCH | GRPO | OTC | {"reward.form": "grpo", "reward.c": 4.0, "reward.scope": "global"},
-    "otc_ppo_search": SEARCH | PPO | OTC | {"reward.form": "ppo", "reward.c": 4.0},
+    "otc_grpo_search": SEARCH | GRPO | OTC | EXACT | {"reward.form": "grpo", "reward.c": 4.0, "reward.scope": "global"},
+    "otc_ppo_search": SEARCH | PPO | OTC | EXACT | {"reward.form": "ppo", "reward.c": 4.0},
     "behaviour_grpo_search": SEARCH | GRPO | {"reward.calls_scale": 4.0},
     "r1_base": {**SEARCH, **GRPO, "rollout.limits.max_calls": 0} | {"tools": {}},
     "sft": {"task.train": SEARCH["task.train"], "task.demo_direct": 1.0, "tools": {}},
@@ -113,10 +122,10 @@ PUBLISHED: dict[str, Values] = {
     "rag": INSTRUCT | {"tools.search.topk": 3, "rollout.limits.max_calls": 1},
     "ircot": INSTRUCT | {"tools.search.topk": 3, "rollout.limits.max_calls": 10},
     "tir": INSTRUCT | {"tools.search.topk": 3},
-    "torl_grpo": CODE | {"reward.error_penalty": 0.0, "algo.weighting": "token"},
-    "torl_ppo": CODE | {"reward.error_penalty": 0.0, "algo.kl_reward_coef": 0.0},
-    "otc_grpo_code": CODE | OTC | {"reward.form": "grpo", "reward.c": 3.0, "reward.scope": "global"},
-    "otc_ppo_code": CODE | OTC | {"reward.form": "ppo", "reward.c": 3.0},
+    "torl_grpo": CODE | ASKED | {"reward.error_penalty": 0.0, "algo.weighting": "token"},
+    "torl_ppo": CODE | ASKED | {"reward.error_penalty": 0.0, "algo.kl_reward_coef": 0.0},
+    "otc_grpo_code": CODE | ASKED | OTC | {"reward.form": "grpo", "reward.c": 3.0, "reward.scope": "global"},
+    "otc_ppo_code": CODE | ASKED | OTC | {"reward.form": "ppo", "reward.c": 3.0},
     "r1_base_code": {**CODE, "rollout.limits.max_calls": 0, "tools": {}},
     "cot_code": {"model.path": "Qwen/Qwen2.5-Math-1.5B-Instruct", "tools": {}},
     "tir_code": {"model.path": "Qwen/Qwen2.5-Math-1.5B-Instruct", "rollout.limits.max_calls": 3},
