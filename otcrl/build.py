@@ -338,7 +338,7 @@ def build_run(cfg: Config, world: World, bars: Bars, start: Start) -> Run:
     check_questions(collector.player, world.task, loop)
     if world.sft.steps and start.checkpoint is None and start.cold is None:
         check_demonstrations(world.sft, world.task, world.dialect, world.tokenizer, world.tools)
-    proof = construct_as(Proof, cfg["sync"], "sync")
+    proof = construct_as(Proof, cfg["sync"], "sync", rounds=rounds(learner, engine))
     health = construct_as(Health, cfg["health"], "health")
     folder = start.folder
     with start.prepared(cfg):
@@ -356,7 +356,7 @@ def build_run(cfg: Config, world: World, bars: Bars, start: Start) -> Run:
         proof=proof,
         tokenizer=world.tokenizer,
         rollouts=rollouts,
-        thread=LearnerThread(),
+        thread=LearnerThread(learner.policy.device),
         logger=logger,
         saver=build_saver(cfg, world.tools, loop, folder, earlier),
         termination=Termination(),
@@ -366,6 +366,12 @@ def build_run(cfg: Config, world: World, bars: Bars, start: Start) -> Run:
         folder=folder,
         bars=bars,
     )
+
+
+def rounds(learner: Learner, engine: Engine) -> bool:
+    """Whether the learner or the engine computes in 16 bits, as far as one can tell: servers do not say here."""
+    types = (learner.autocast, learner.policy.dtype, getattr(engine, "dtype", None))
+    return any(str(dtype).removeprefix("torch.") in ("bfloat16", "float16") for dtype in types)
 
 
 def build_logger(cfg: Config, loop: Loop, start: Start, earlier: list[dict[str, Any]], bars: Bars) -> Loggers:

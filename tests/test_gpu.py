@@ -103,3 +103,34 @@ def test_an_index_that_is_built_on_the_gpu_finds_what_one_built_on_the_cpu_does(
     index = build(settings, vectors_ND)
     assert tune(index, settings, vectors_ND, vectors_ND[:100]) in ({}, {"effort": 64, "recall_at_10": 1.0})
     np.testing.assert_array_equal(index.search(vectors_ND[:100], 10)[1], exact(vectors_ND, vectors_ND[:100], "ip"))  # pyright: ignore[reportCallIssue]
+
+
+def test_vllm_on_the_learners_gpu_gets_weights_by_handle_sleeps_and_samples_from_them(cuda):
+    """Colocated: nothing is copied to hand the weights over, and asleep vLLM leaves its memory to the learner."""
+    pytest.importorskip("vllm")
+    from tests.test_vllm_engine import PROMPT, apart, fresh_model, make
+
+    def free() -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+    async def main() -> None:
+        model = fresh_model().to(cuda)  # pyright: ignore[reportArgumentType]
+        engine = make(model, gpu_memory=0.2, dtype="float32")
+        assert engine._publisher.prepare(model.named_parameters(), 0).method == "otcrl_load_handles"
+        for version in range(3):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.01 * version)
+            await engine.load_weights(model.named_parameters(), version)
+            awake = free()
+            done = await engine.generate(PROMPT, stop=(), max_tokens=24, temperature=1.0, seed=version, session="s")
+            ids = torch.tensor([PROMPT + done.token_ids], device=cuda)
+            mask = torch.arange(ids.shape[1], device=cuda)[None] >= len(PROMPT)
+            expected = token_logprobs(model, ids, mask)[0][0, len(PROMPT) :].tolist()
+            assert apart(done.logprobs, expected) < 5e-3
+            await engine.sleep()
+            assert free() - awake > 0.1 * torch.cuda.mem_get_info()[1], "its K/V cache and weights are the learner's"
+        await engine.close()
+
+    asyncio.run(asyncio.wait_for(main(), 400))

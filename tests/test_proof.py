@@ -122,6 +122,14 @@ def test_later_ones_may_differ_by_ten_times_what_the_first_did():
     assert proof(tolerance=0.2).allowed() == 0.2
 
 
+def test_in_16_bits_a_first_agreement_to_the_last_bit_is_no_measure():
+    check = proof(rounds=True)
+    check._found = 0.0
+    assert check.allowed() == 0.03
+    check._found = 0.02
+    assert check.allowed() == pytest.approx(0.2)
+
+
 def test_nan_is_no_agreement(learner):
     with torch.no_grad():
         broken = updated(learner, 0.0)

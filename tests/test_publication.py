@@ -168,9 +168,30 @@ def test_a_parameter_that_the_learner_did_not_change_may_stay(learner, publisher
     deliver(publisher.prepare(learner.named_parameters(), 1), here)
 
 
+def test_an_update_too_small_for_the_engines_type_is_no_parameter_that_was_kept(learner, publisher):
+    """A learner in float32 moves its weights by less than bfloat16 can tell; a larger update must still arrive."""
+    name = "model.layers.1.self_attn.o_proj.weight"
+    here, keeping = worker(), worker(keep=name)
+    for each in (here, keeping):
+        each.model_runner.model.to(torch.bfloat16)
+    for version, by in enumerate((0.0, 1e-6, 1.0)):
+        message = publisher.prepare(moved(learner, by), version)
+        assert message.all_changed == (version > 0)
+        deliver(message, here)
+    same_type = Publisher(learner.to(torch.bfloat16), by_handle=False)
+    for version, by in enumerate((0.0, 1.0)):
+        message = same_type.prepare(moved(learner, by), version)
+        if version:
+            with pytest.raises(EngineError, match=f"kept the old values of {name}"):
+                deliver(message, keeping)
+        else:
+            deliver(message, keeping)
+    same_type.close()
+
+
 def test_a_worker_that_answers_before_it_has_loaded_is_found_out(learner, publisher):
     class Late(Receiver):
-        def _otcrl_load(self, weights, version):
+        def _otcrl_load(self, weights, version, types):
             return {"version": self.otcrl_version, "damaged": [], "unchanged": []}
 
     here = Late()

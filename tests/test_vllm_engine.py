@@ -6,7 +6,8 @@ import asyncio
 import os
 import signal
 from collections.abc import Coroutine, Iterator
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from otcrl.models.policy import token_logprobs
 from otcrl.protocols import Completion
 from otcrl.rollout.submission import before_half_stop
 from otcrl.rollout.vllm_engine import VLLMEngine
-from otcrl.rollout.vllm_launch import check_vllm, child_environment
+from otcrl.rollout.vllm_launch import check_settings, check_vllm, child_environment, visible
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer("</search>", "</ans")
@@ -304,6 +305,162 @@ def test_an_engine_that_is_killed_comes_back_with_its_weights_and_the_same_draws
         known.run(crowd(kill=True))
 
 
+def test_an_engine_that_dies_while_it_is_given_weights_is_started_again_and_given_them():
+    """vLLM's own answer never comes then. With requests in flight, which must not hold up the publication."""
+
+    async def main() -> None:
+        model, engine = fresh_model(), make(fresh_model(), max_deaths=2)
+        await engine.load_weights(model.named_parameters(), 1)
+        honest, other = engine._deliver, fresh_model(seed=9)
+
+        async def killed(llm: Any, message: Any) -> None:
+            engine._deliver = honest  # pyright: ignore[reportAttributeAccessIssue]
+            os.kill(engine._processes[0].pid, signal.SIGKILL)
+            await asyncio.Event().wait()
+
+        engine._deliver = killed  # pyright: ignore[reportAttributeAccessIssue]
+        settings: dict[str, Any] = {"stop": (), "max_tokens": 150, "temperature": 1.0, "seed": 1}
+        playing = asyncio.create_task(engine.generate(PROMPT, session="s", **settings))
+        await asyncio.sleep(0.05)
+        await engine.load_weights(other.named_parameters(), 2)
+        assert engine.deaths == 1
+        done = await playing
+        ids = PROMPT + done.token_ids
+        new = [at for at, version in enumerate(done.versions) if version == 2]
+        assert new, "it goes on under the new weights"
+        expected = learner_logprobs(other, ids)[len(PROMPT) :]
+        assert apart([done.logprobs[at] for at in new], [expected[at] for at in new]) < 1e-4
+        await engine.close()
+
+    asyncio.run(asyncio.wait_for(main(), 240))
+
+
+# -- sharing a GPU, without one --------------------------------------------------------------------------
+
+
+class Sleeper:
+    """As much of vLLM as is asked when it shares a GPU with the learner."""
+
+    def __init__(self, fails: str = "", dies: str = "") -> None:
+        self.heard: list[str] = []
+        self.asleep, self.fails, self.dies = False, fails, dies
+
+    def _hear(self, what: str) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self.heard.append(what)
+        if what == self.dies:
+            raise EngineDeadError
+        if what == self.fails:
+            raise Exception("CUDA out of memory")
+
+    async def pause_generation(self, mode: str) -> None:
+        self._hear(f"pause {mode}")
+
+    async def sleep(self, level: int) -> None:
+        self._hear(f"sleep {level}")
+        self.asleep = True
+
+    async def is_sleeping(self) -> bool:
+        return self.asleep
+
+    async def wake_up(self, tags: list[str]) -> None:
+        self._hear(f"wake {tags[0]}")
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+        self._hear(method)
+        return [{"version": args[0]["version"], "damaged": [], "unchanged": []}]
+
+    async def reset_prefix_cache(self) -> None:
+        self._hear("reset")
+
+    async def resume_generation(self) -> None:
+        self._hear("resume")
+
+    def shutdown(self) -> None: ...
+
+
+def sharing(llm: Sleeper) -> VLLMEngine:
+    """An engine that believes that it shares a GPU, with `llm` for vLLM."""
+    engine = make(fresh_model(), max_deaths=0)
+    engine._sleeps, engine._llm = True, llm  # pyright: ignore[reportAttributeAccessIssue]
+    engine._give_back_memory = lambda: llm.heard.append("give back")
+    return engine
+
+
+def test_vllm_takes_memory_only_when_the_learner_has_given_it_back():
+    llm = Sleeper()
+
+    async def main() -> None:
+        engine = sharing(llm)
+        await engine.sleep()
+        await engine.load_weights(engine.model.named_parameters(), 1)
+        await engine.close()
+
+    asyncio.run(main())
+    assert llm.heard == [
+        *["pause abort", "sleep 2"],
+        *["pause abort", "give back", "wake weights", "otcrl_load_file", "give back", "wake kv_cache"],
+        *["reset", "resume"],
+    ]
+
+
+def test_what_a_worker_cannot_do_is_said_in_its_words_to_all_who_wait():
+    async def main() -> None:
+        engine = sharing(Sleeper(fails="wake kv_cache"))
+        for _ in range(2):
+            with pytest.raises(EngineError, match="vLLM failed: CUDA out of memory"):
+                await engine.load_weights(engine.model.named_parameters(), 1)
+            with pytest.raises(EngineError, match="vLLM failed: CUDA out of memory"):
+                await engine.generate(PROMPT, session="s", stop=(), max_tokens=1, temperature=1.0, seed=1)
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_is_found_dead_at_bedtime_is_the_next_publications_matter():
+    async def main() -> None:
+        engine = sharing(Sleeper(dies="pause abort"))
+        await engine.sleep()
+        with pytest.raises(EngineError, match=r"vLLM died 1 times in this run, more than engine\.max_deaths=0"):
+            await engine.load_weights(engine.model.named_parameters(), 1)
+        await engine.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("devices", "own", "seen"),
+    [
+        ([0, 1], None, "0,1"),
+        ([1], "4,5,6,7", "5"),
+        ([0, 2], "GPU-aa, GPU-bb,MIG-cc", "GPU-aa,MIG-cc"),
+    ],
+)
+def test_gpus_are_numbered_as_the_trainer_sees_them(devices, own, seen):
+    assert visible(devices, own) == seen
+
+
+@pytest.mark.parametrize(("device", "own"), [(2, "4,5"), (-1, None)])
+def test_a_gpu_that_the_trainer_does_not_see_is_refused(device, own):
+    with pytest.raises(ValueError, match=f"devices: there is no GPU {device}; CUDA_VISIBLE_DEVICES is {own!r}"):
+        visible([device], own)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("tensor_parallel", 2), ("devices", (0, 1))])
+def test_under_torchrun_each_rank_has_its_own_gpu_and_no_other(setting, value, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    engine = SimpleNamespace(
+        model=SimpleNamespace(device=torch.device("cuda", 0), config=fresh_model().config), transport="auto",
+        context=16, max_sequences=1, batch_tokens=16, tensor_parallel=1, devices=None, gpu_memory=0.5, cpu_cache_gib=1,
+        start_timeout_s=1, sync_timeout_s=1, max_deaths=0,
+    )  # fmt: skip
+    check_settings(cast(VLLMEngine, engine))
+    setattr(engine, setting, value)
+    with pytest.raises(ValueError, match=f"{setting} is .*under torchrun each rank has an engine on its own GPU"):
+        check_settings(cast(VLLMEngine, engine))
+
+
 # -- settings, without an engine -----------------------------------------------------------------------
 
 
@@ -327,6 +484,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_starts(settings, 
 def test_vllm_does_not_take_the_ranks_of_a_training_job_for_its_own(monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     before = dict(os.environ)
     with child_environment([3], cpu_cache_gib=1.5):
         assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & os.environ.keys()

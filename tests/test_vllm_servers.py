@@ -271,7 +271,7 @@ def test_a_parameter_damaged_on_its_way_is_named_with_its_server(known, monkeypa
 def test_a_server_that_lost_its_weights_is_found_out_and_gets_them_again(known, capsys):
     """As when it was started anew between two requests."""
     server = known.servers[1]
-    post(server, "otcrl_arrived", -1)
+    post(server, "otcrl_arrived", -1, ["float32"])
     known.run(known.until(inside=1))
     known.run(known.until(inside=2))
     assert post(server, "otcrl_state") == [{"version": known.engine.version}]

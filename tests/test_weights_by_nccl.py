@@ -30,6 +30,7 @@ from otcrl.rollout.weights_by_nccl import WeightsByNCCL, sent
 from tests.apps import served
 from tests.tiny import tiny_llama
 
+CPU = torch.device("cpu")
 MODEL = tiny_llama(32, heads=(1, 1))
 NAMES = [name for name, _ in MODEL.named_parameters()]
 
@@ -92,7 +93,7 @@ def test_a_sharded_model_is_announced_whole_without_being_gathered(sharded):
 
 def test_never_more_than_one_layer_is_whole(sharded):
     arrived = []
-    sent(sharded.source(), lambda tensor: arrived.append(tensor.clone()))
+    sent(sharded.source(), lambda tensor: arrived.append(tensor.clone()), CPU)
     assert [tuple(t.shape) for t in arrived] == [tuple(p.shape) for p in MODEL.parameters()]
     assert all(torch.equal(a, p) for a, p in zip(arrived, MODEL.parameters(), strict=True))
     assert [name for layer in sharded.gathered for name in layer] == NAMES
@@ -110,7 +111,7 @@ def test_iteration_gives_each_parameter_while_it_is_whole(sharded):
 def test_what_lies_otherwise_in_memory_is_sent_in_its_order():
     turned = torch.arange(6.0).view(2, 3).t()
     arrived = []
-    sent(Layers.of([("x", turned)]), arrived.append)
+    sent(Layers.of([("x", turned)]), arrived.append, CPU)
     assert arrived[0].is_contiguous()
     assert torch.equal(arrived[0], turned)
 
@@ -212,7 +213,7 @@ def test_what_is_announced_is_what_is_sent_in_one_order():
         *["otcrl_remember", "init_weight_transfer_engine", "start_weight_update", "update_weights"],
         *["finish_weight_update", "otcrl_arrived"],
     ]
-    assert server.told("otcrl_arrived") == [7]
+    assert server.told("otcrl_arrived") == [7, ["float32"]]
 
 
 def test_the_group_stays_open():

@@ -10,6 +10,10 @@ from contextvars import ContextVar, copy_context
 from functools import partial
 from typing import ParamSpec, TypeVar
 
+import torch
+
+from otcrl.models.devices import use
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -19,8 +23,9 @@ _STOP: ContextVar[threading.Event] = ContextVar("stop")
 class LearnerThread:
     """`await thread(function, *arguments)`: its result, computed in one thread, always the same."""
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner")
+    def __init__(self, device: torch.device) -> None:
+        """`device`: the learner's, which is the current one in the thread."""
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="learner", initializer=use, initargs=(device,))
 
     async def __call__(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """A cancellation is passed on to `stop_if_cancelled` in the thread, and takes effect when that has ended."""

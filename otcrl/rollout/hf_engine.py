@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from otcrl.errors import ConfigError, EngineError
+from otcrl.models.devices import use
 from otcrl.protocols import Completion, Tokenizer
 from otcrl.rollout.hf_forward import Forward, Moves, Request, Session, Stats, copy_weights
 from otcrl.rollout.pace import Pace
@@ -53,7 +54,9 @@ class HFEngine:
         self.context = context
         self.version = 0
         self._forward = Forward(model, max_rows=max_sequences, context=context, batch_tokens=batch_tokens)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf_engine")
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="hf_engine", initializer=use, initargs=(self._forward.model.device,)
+        )
         self._tokenizer = tokenizer
         self._vocab = model.config.get_text_config().vocab_size
         self._watched: dict[tuple[str, ...], frozenset[int]] = {}

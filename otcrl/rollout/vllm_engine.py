@@ -18,7 +18,8 @@ import gc
 import itertools
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from otcrl.errors import EngineError, nearest
 from otcrl.protocols import Completion
-from otcrl.rollout.gate import Gate, deadline
+from otcrl.rollout.gate import LOOK_S, Gate, deadline
 from otcrl.rollout.publication import Message, Publisher, check_delivery
 from otcrl.rollout.submission import Part, check_request, complete, sampling
 from otcrl.rollout.vllm_launch import (
@@ -164,17 +165,26 @@ class VLLMEngine:
                 assert final is not None, "a request ends with an output"
                 return final, version
             except EngineDeadError as error:
-                await self._revive(llm, error)
+                dead = error
             finally:
-                self._in_flight.discard(request)
+                self._in_flight.discard(request)  # before it waits for a publication, which waits for what is in flight
+            await self._revive(llm, dead)
 
     # -- weights --------------------------------------------------------------------------------------
 
     async def sleep(self) -> None:
-        if self._sleeps and self._llm is not None:
-            async with self._gate.exclusive, deadline(self.sync_timeout_s, "falling asleep"):
-                await self._interrupt(self._llm)
-                await self._llm.sleep(level=self.sleep_level)
+        """The GPU's memory is the learner's. An engine that is found dead has none; the next weights restart it."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if not self._sleeps or self._llm is None:
+            return
+        async with self._gate.exclusive, deadline(self.sync_timeout_s, "falling asleep"):
+            with suppress(EngineDeadError):
+                await self._while_alive(self._fall_asleep(self._llm))
+
+    async def _fall_asleep(self, llm: AsyncLLM) -> None:
+        await self._interrupt(llm)
+        await llm.sleep(level=self.sleep_level)
 
     async def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `Engine.load_weights`. Requests in flight are interrupted and go on under the new weights."""
@@ -193,21 +203,52 @@ class VLLMEngine:
             assert llm is not None
             try:
                 async with deadline(self.sync_timeout_s, f"publishing version {message.version}"):
-                    await self._interrupt(llm)
-                    await self._deliver(llm, message)
+                    await self._while_alive(self._deliver(llm, message))
                     return
             except EngineDeadError as error:
                 await self._restart(llm, error)
 
     async def _deliver(self, llm: AsyncLLM, message: Message) -> None:
         """Raises EngineError unless every worker says that it has the weights."""
+        await self._interrupt(llm)
         if self._sleeps and await llm.is_sleeping():
+            self._give_back_memory()
             await llm.wake_up(tags=["weights"])
         check_delivery(await llm.collective_rpc(message.method, args=(message.content,)), message)
         if self._sleeps:
+            self._give_back_memory()
             await llm.wake_up(tags=["kv_cache"])
         await llm.reset_prefix_cache()  # what was computed with other weights
         await llm.resume_generation()
+
+    def _give_back_memory(self) -> None:
+        """What the learner freed but torch keeps for it, and what was lent by handle: vLLM takes it for itself."""
+        if self.model.device.type == "cuda":
+            torch.cuda.ipc_collect()
+            torch.cuda.empty_cache()
+
+    async def _while_alive(self, work: Coroutine[Any, Any, None]) -> None:
+        """Awaits `work`, which asks vLLM's processes something and would wait for ever if they ended.
+
+        Raises EngineDeadError when they end, and EngineError for a worker's failure, which vLLM raises as Exception.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                await asyncio.wait([task], timeout=LOOK_S)
+                if not task.done() and any(process.exitcode is not None for process in self._processes):
+                    raise EngineDeadError
+            task.result()
+        except (EngineDeadError, EngineError):
+            raise
+        except Exception as error:
+            raise EngineError(f"vLLM failed: {error}") from error
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait([task])
 
     async def _interrupt(self, llm: AsyncLLM) -> None:
         """End whatever is in flight; who waits for it submits it again when the engine is open."""
@@ -256,12 +297,11 @@ class VLLMEngine:
                 return  # another request has seen to it
             self._gate.close()
             await self._restart(dead, error)
-            message, llm = self._publisher.again(), self._llm
-            if message is None or llm is None:
+            message = self._publisher.again()
+            if message is None:
                 return  # an update is under way: its publication will open the engine
             with self._gate.breaking():
-                async with deadline(self.sync_timeout_s, "giving a new engine its weights"):
-                    await self._deliver(llm, message)
+                await self._publish(message)
             self._gate.open()
 
     async def _restart(self, dead: AsyncLLM, error: Exception) -> None:
@@ -319,4 +359,4 @@ def nccl_group(address: str, port: int, ranks: int, device: torch.device) -> Cal
     from vllm.distributed.utils import StatelessProcessGroup
 
     group = PyNcclCommunicator(StatelessProcessGroup.create(address, port, rank=0, world_size=ranks), device=device)
-    return lambda tensor: group.broadcast(tensor, src=0, stream=torch.cuda.current_stream())
+    return lambda tensor: group.broadcast(tensor, src=0, stream=torch.cuda.current_stream(device))

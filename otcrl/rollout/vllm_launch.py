@@ -57,6 +57,13 @@ def check_settings(engine: VLLMEngine) -> None:
     if engine.max_deaths < 0:
         raise ValueError(f"max_deaths must be at least 0, got {engine.max_deaths}")
     device = engine.model.device
+    if device.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        for name, alone in (("tensor_parallel", 1), ("devices", None)):
+            if (given := getattr(engine, name)) != alone:
+                raise ValueError(
+                    f"{name} is {given}, and under torchrun each rank has an engine on its own GPU: leave it at "
+                    f"{'null' if alone is None else alone}, or put the engine on GPUs of its own (engine=vllm_servers)"
+                )
     if engine.transport == "ipc" and device.type != "cuda":
         raise ValueError(f"transport ipc needs a model on a GPU, and it is on {device}: use file or auto")
     check_context(engine.context, engine.model)
@@ -105,6 +112,18 @@ def devices_of_rank(devices: Sequence[int] | None, on_gpu: bool) -> Sequence[int
     return None if "LOCAL_RANK" not in os.environ else (int(os.environ["LOCAL_RANK"]),)
 
 
+def visible(devices: Sequence[int], own: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES of a child that shall see `devices`, as they are numbered here, where `own` is in force.
+
+    Raises ValueError for a number that no GPU has.
+    """
+    names = None if own is None else [name.strip() for name in own.split(",")]  # numbers, UUIDs or parts of a GPU
+    for device in devices:
+        if device < 0 or (names is not None and device >= len(names)):
+            raise ValueError(f"devices: there is no GPU {device}; CUDA_VISIBLE_DEVICES is {own!r}")
+    return ",".join(str(device) if names is None else names[device] for device in devices)
+
+
 def save_description(folder: Path, model: PreTrainedModel, tokenizer: HFTokenizer) -> None:
     """The model's config and its tokenizer, without weights, for vLLM to read."""
     config = model.config
@@ -123,7 +142,7 @@ def child_environment(devices: Sequence[int] | None, cpu_cache_gib: float) -> It
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(cpu_cache_gib)))
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # the trainer waits while the engine works
     if devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible(devices, own.get("CUDA_VISIBLE_DEVICES"))
     for name in (*TORCHRUN, *(name for name in own if name.startswith("TORCHELASTIC_"))):
         os.environ.pop(name, None)  # vLLM would take this job's ranks for its own
     try:

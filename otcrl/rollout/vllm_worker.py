@@ -7,7 +7,7 @@ CPU too, where linear layers are repacked after loading and `model.load_weights`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -34,7 +34,7 @@ class Receiver:
         source = Manifest.of(manifest)
         if broken := list(damaged(source)):
             return {"version": self.otcrl_version, "damaged": broken, "unchanged": []}
-        return self._otcrl_load(read(source), source.version)
+        return self._otcrl_load(read(source), source.version, {entry.dtype for entry in source.entries})
 
     def otcrl_load_handles(self, handles: Mapping[str, Any]) -> dict[str, Any]:
         """Weights from another process's memory on the same GPUs."""
@@ -42,7 +42,8 @@ class Receiver:
         digests = {name: fingerprint(tensor) for name, tensor in tensors.items()}
         if broken := [name for name, expected in handles["digests"].items() if digests.get(name) != expected]:
             return {"version": self.otcrl_version, "damaged": broken, "unchanged": []}
-        return self._otcrl_load(iter(tensors.items()), handles["version"])
+        types = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
+        return self._otcrl_load(iter(tensors.items()), handles["version"], types)
 
     def otcrl_state(self) -> dict[str, Any]:
         """The version of the loaded weights."""
@@ -52,11 +53,15 @@ class Receiver:
         """Before weights come another way (NCCL): what there is now."""
         self._otcrl_before = dict(self._otcrl_fingerprints())
 
-    def otcrl_arrived(self, version: int) -> dict[str, Any]:
-        """Weights have come since `otcrl_remember`, and are this version."""
-        unchanged = [name for name, value in self._otcrl_fingerprints() if self._otcrl_before.get(name) == value]
+    def otcrl_arrived(self, version: int, types: Collection[str]) -> dict[str, Any]:
+        """Weights have come since `otcrl_remember`, and are this version. `types`: theirs, as they were sent.
+
+        A parameter of a narrower type than that may be what it was after a small update, by rounding.
+        """
+        exact = {name for name, p in self._otcrl_parameters() if all(holds(p.dtype, sent) for sent in types)}
+        same = [name for name, value in self._otcrl_fingerprints() if self._otcrl_before.get(name) == value]
         self.otcrl_version = version
-        return {"version": version, "damaged": [], "unchanged": unchanged}
+        return {"version": version, "damaged": [], "unchanged": [name for name in same if name in exact]}
 
     def otcrl_settings(self) -> dict[str, Any]:
         """How a server was started, in so far as training depends on it."""
@@ -73,17 +78,26 @@ class Receiver:
             "weight_transfer": None if transfer is None else transfer.backend,
         }
 
-    def _otcrl_load(self, weights: Iterator[tuple[str, Tensor]], version: int) -> dict[str, Any]:
+    def _otcrl_load(
+        self, weights: Iterator[tuple[str, Tensor]], version: int, types: Collection[str]
+    ) -> dict[str, Any]:
         self.otcrl_remember()
         self.model_runner.reload_weights(weights_iterator=weights)
         repack(self.model_runner.get_model())
-        return self.otcrl_arrived(version)
+        return self.otcrl_arrived(version, types)
 
     def _otcrl_fingerprints(self) -> Iterable[tuple[str, str]]:
-        """Of the parameters that still lie here as such; on CPU repacked ones do not."""
-        for name, parameter in self.model_runner.get_model().named_parameters():
-            if parameter.numel():
-                yield name, fingerprint(parameter.detach())
+        return ((name, fingerprint(parameter)) for name, parameter in self._otcrl_parameters())
+
+    def _otcrl_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """Those that still lie here as such; on CPU repacked ones do not."""
+        named = self.model_runner.get_model().named_parameters()
+        return ((name, parameter.detach()) for name, parameter in named if parameter.numel())
+
+
+def holds(dtype: torch.dtype, sent: str) -> bool:
+    """Whether it holds every number of the type `sent`, e.g. "float32"."""
+    return torch.promote_types(dtype, getattr(torch, sent)) == dtype
 
 
 def repack(model: torch.nn.Module) -> None:

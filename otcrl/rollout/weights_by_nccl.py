@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from otcrl.errors import EngineError
+from otcrl.models.devices import use
 from otcrl.models.published import Layers
 from otcrl.rollout.fleet import Fleet, Server, named
 from otcrl.rollout.publication import Message, check_delivery, check_names
@@ -73,9 +74,10 @@ class WeightsByNCCL:
         before, self._digests = self._digests, await self._send(servers)
         await self._fleet.each(servers, lambda server: self._session(server, "/finish_weight_update"))
         all_changed = bool(before) and all(before.get(name) != digest for name, digest in self._digests.items())
+        types = sorted({str(dtype).removeprefix("torch.") for _, dtype, _ in self._source.described()})
 
         async def arrived(server: Server) -> None:
-            reports = await self._fleet.rpc(server, "otcrl_arrived", self._version, timeout_s=self._timeout_s)
+            reports = await self._fleet.rpc(server, "otcrl_arrived", self._version, types, timeout_s=self._timeout_s)
             with named(server):
                 check_delivery(reports, Message("", {}, self._version, all_changed))
 
@@ -103,7 +105,9 @@ class WeightsByNCCL:
         what = {"names": names, "dtype_names": [str(t).removeprefix("torch.") for t in types], "shapes": shapes}
         self._broadcast = None
         receiving = [self._collective(server, "/update_weights", {"update_info": what}) for server in servers]
-        digests, *_ = await asyncio.gather(in_daemon_thread(lambda: sent(source, broadcast)), *receiving)
+        digests, *_ = await asyncio.gather(
+            in_daemon_thread(lambda: sent(source, broadcast, self._model.device)), *receiving
+        )
         self._broadcast = broadcast
         return digests
 
@@ -126,22 +130,23 @@ class WeightsByNCCL:
         """The group ends with the process: to end it is a collective of its own, and who knows who is left."""
 
 
-def sent(source: Layers, broadcast: Broadcast) -> dict[str, str]:
+def sent(source: Layers, broadcast: Broadcast, device: torch.device) -> dict[str, str]:
     """Broadcasts every parameter in order. Digests by name; each has left the GPU before the next is gathered."""
+    use(device)  # in this thread
     digests = {}
     for name, tensor in source:
         whole = tensor.contiguous()  # NCCL sends what lies behind the pointer
         broadcast(whole)
         digests[name] = fingerprint(whole)
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
     return digests
 
 
 def nccl_group(address: str, port: int, ranks: int, device: torch.device) -> Broadcast:
     from otcrl.rollout.vllm_engine import nccl_group
 
-    torch.cuda.set_device(device)  # of this thread
+    use(device)  # in this thread
     return nccl_group(address, port, ranks, device)
 
 
