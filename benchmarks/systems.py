@@ -56,12 +56,15 @@ WORLDS = {
         },
         seeds={"torl_grpo": (0, 1), "otc_grpo": (0, 1), "otc_grpo_c10": (0,)},
     ),
-    "sums": World(  # python without small products: what remains small is known by heart
+    "sums": World(  # python without small products; drills make certain that small sums are known by heart
         settings=(
             *("conf=smollm2_python", "task.seed=0", "task.test_share=0.3", "task.test_size=120"),
             *("~task.kinds.small_product", "task.kinds.small_sum.weight=1.5"),
         ),
-        start=("sft.steps=96", "sft.optimizer.lr=3e-4", "task.demo_overcall=0.4", "task.kinds.small_sum.weight=4.5"),
+        start=(
+            *("sft.steps=80", "sft.batch_size=36", "sft.optimizer.lr=3e-4", "task.drill_share=0.5"),
+            *("task.demo_overcall=0.4", "task.kinds.small_sum.weight=4.5"),
+        ),
         training=("loop.steps=40", "loop.problems_per_step=6", "learner.autocast=bfloat16"),
         systems={"torl_grpo": ["reward=torl"], "otc_grpo": ["reward=otc_grpo", "reward.c=3.0"]},
         seeds={"torl_grpo": (0, 1), "otc_grpo": (0, 1)},

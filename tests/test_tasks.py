@@ -328,6 +328,24 @@ def test_demo_overcall_is_the_share_of_small_problems_with_a_call() -> None:
     assert num_calls.count(0) / (len(num_calls) / 4) == pytest.approx(0.5, abs=0.07)
 
 
+def test_a_drill_teaches_a_small_result_in_the_answers_place_and_nothing_about_calling() -> None:
+    task = sums(drill_share=0.25)
+    demos = [demo for step in range(30) for demo in task.demonstrations(step, 40, TAGS)]
+    drills = [demo for demo in demos if not demo[1].is_action]
+    assert len(drills) == 300
+    for prompt, opening, result in drills:
+        expression = prompt.text.removeprefix("Question: What is ").strip().removesuffix("?")
+        assert opening.text == TAGS.open_answer()
+        assert opening.text + result.text == TAGS.write_answer(str(evaluate(expression)))
+        assert result.is_action
+    drilled = {prompt.text for prompt, *_ in drills}
+    small = {TAGS.prompt(p, TOOLS) for p in task.held_out() if p.meta["size"] == "small"}
+    assert small
+    assert small <= drilled, "what is held out from practice is known all the same"
+    assert drilled.isdisjoint(TAGS.prompt(p, TOOLS) for p in task.held_out() if p.meta["size"] == "large")
+    assert small.isdisjoint(demo[0].text for demo in demos if demo[1].is_action), "and nobody shows whether to call"
+
+
 def test_the_notebook_dialect_runs_the_same_code() -> None:
     demo = next(d for d in sums().demonstrations(0, 80, NOTEBOOK) if len(d) > 2)
     assert calls(demo, NOTEBOOK)[0].arguments.startswith("print(")

@@ -52,13 +52,14 @@ class Arithmetic:
     test_share: float = 0.1  # of all questions; these are never practised
     generated: int = 8000  # questions made of each kind, before repeated ones are dropped
     demo_overcall: float = 0.0  # share of demonstrations of small problems that call python all the same
+    drill_share: float = 0.0  # share of SFT examples that teach small results, held-out ones too, in the answer's place
     seed: int = 0
     tools: Mapping[str, Tool] = field(repr=False, default_factory=dict)  # wired by build, for the prompt
 
     wired = frozenset({"tools"})
 
     def __post_init__(self) -> None:
-        for name in ("test_share", "demo_overcall"):
+        for name in ("test_share", "demo_overcall", "drill_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be a share between 0 and 1, got {getattr(self, name)}")
         if not self._train:
@@ -114,17 +115,27 @@ class Arithmetic:
     # -- demonstrations ------------------------------------------------------------------------------
 
     def demonstrations(self, step: int, count: int, dialect: Dialect) -> list[Demo]:
-        """Small problems answered at once (or, for `demo_overcall` of them, with a call); large ones by python.
+        """Small problems answered at once (or, for `demo_overcall` of them, with a call); large ones by python; drills.
 
-        Raises ConfigError when there is no python tool.
+        A drill puts a result into the weights and says nothing about calling: the answer's opening stands there, and
+        only what follows is learned. Raises ConfigError when there is no python tool.
         """
         if PYTHON not in self.tools:
             raise ConfigError(
                 f"demonstrations call {PYTHON!r}, which is not in tools: {', '.join(self.tools) or 'none'}"
             )
-        chosen = shuffled_epochs(len(self._train), step * count, count, f"{self.seed}/demonstrations")
+        drills = round(count * self.drill_share) if self._small else 0
+        shown, drilled = (
+            [problems[i] for i in shuffled_epochs(len(problems), step * size, size, f"{self.seed}/{name}")]
+            for name, problems, size in (
+                ("demonstrations", self._train, count - drills), ("drills", self._small, drills)
+            )
+        )  # fmt: skip
         rng = random.Random(f"{self.seed}/demonstrations/{step}")
-        return [self._demonstrate(self._train[i], dialect, rng.random() < self.demo_overcall) for i in chosen]
+        return [
+            *(self._demonstrate(problem, dialect, rng.random() < self.demo_overcall) for problem in shown),
+            *(self._drill(problem, dialect) for problem in drilled),
+        ]
 
     def _demonstrate(self, problem: Problem, dialect: Dialect, overcall: bool) -> Demo:
         segments = [Segment(dialect.prompt(problem, self.tools), False)]
@@ -133,6 +144,18 @@ class Arithmetic:
             segments.append(Segment(dialect.write_call(PYTHON, f"print({expression})"), True))
             segments.append(Segment(dialect.observation(str(evaluate(expression))), False))
         return [*segments, Segment(dialect.write_answer(problem.answers[0]), True)]
+
+    def _drill(self, problem: Problem, dialect: Dialect) -> Demo:
+        opening, whole = dialect.open_answer(), dialect.write_answer(problem.answers[0])
+        return [
+            Segment(dialect.prompt(problem, self.tools), False),
+            Segment(opening, False),
+            Segment(whole.removeprefix(opening), True),
+        ]
+
+    @cached_property
+    def _small(self) -> list[Problem]:
+        return [problem for problem in self._problems if problem.meta["size"] == "small"]
 
 
 def evaluate(expression: str) -> int:
