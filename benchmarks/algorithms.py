@@ -1,9 +1,10 @@
-"""OTC-GRPO's reward on Atlas with every algorithm, and with GRPO's remedies against sign reversal, from one cold start.
+"""OTC-GRPO's reward on Atlas with every algorithm, and with GRPO's remedies against sign reversal, from one cold start;
+and the additive form of the reward, which the paper rejects.
 
 Every run is an ordinary `otcrl train conf=quickstart`; a run whose summary.json is there is not repeated. Greedy
 evaluation meets the optimum nearly always; what tells systems apart is how fast they stop over-calling.
 
-    python benchmarks/algorithms.py --seeds 0 1 2 --systems grpo grpo_no_std grpo_std_floor grpo_keep_sign
+    python benchmarks/algorithms.py --seeds 0 1 2 --systems grpo grpo_no_std grpo_std_floor grpo_keep_sign grpo_sum
     python benchmarks/algorithms.py
     python benchmarks/algorithms.py --runs runs/longer --settings loop.steps=150 --systems grpo grpo_no_std
 """
@@ -24,6 +25,7 @@ SYSTEMS = {
     "grpo_no_std": ["algo.normalize=false"],
     "grpo_std_floor": ["algo.std_floor=0.2"],
     "grpo_keep_sign": ["algo.keep_sign=true"],
+    "grpo_sum": ["reward.combine=sum"],  # the reward's ablation: few calls pay for wrong answers too
     "dr_grpo": ["algo=dr_grpo", "algo.max_tokens=100"],
     "dapo": ["algo=dapo"],
     "rloo": ["algo=rloo"],

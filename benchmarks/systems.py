@@ -48,7 +48,7 @@ WORLDS = {
             *("sft.steps=96", "sft.optimizer.lr=3e-4", "task.demo_overcall=0.4"),
             *("task.kinds.small_sum.weight=2", "task.kinds.small_product.weight=1"),  # so that they are known by heart
         ),
-        training=("loop.steps=40", "loop.problems_per_step=6"),
+        training=("loop.steps=40", "loop.problems_per_step=6", "evaluate.sampled=true"),
         systems={
             "torl_grpo": ["reward=torl"],
             "otc_grpo": ["reward=otc_grpo", "reward.c=3.0"],
@@ -63,9 +63,9 @@ WORLDS = {
         ),
         start=(
             *("sft.steps=80", "sft.batch_size=36", "sft.optimizer.lr=3e-4", "task.drill_share=0.5"),
-            *("task.demo_overcall=0.4", "task.kinds.small_sum.weight=4.5"),
+            *("task.demo_overcall=0.7", "task.kinds.small_sum.weight=4.5"),
         ),
-        training=("loop.steps=40", "loop.problems_per_step=6", "learner.autocast=bfloat16"),
+        training=("loop.steps=40", "loop.problems_per_step=6", "model.dtype=bfloat16", "evaluate.sampled=true"),
         systems={"torl_grpo": ["reward=torl"], "otc_grpo": ["reward=otc_grpo", "reward.c=3.0"]},
         seeds={"torl_grpo": (0, 1), "otc_grpo": (0, 1)},
     ),
@@ -78,7 +78,7 @@ WORLDS = {
             *("tools.search.max_passage_words=40", "task.demo_max_words=40"),
         ),
         start=("sft.steps=80",),
-        training=("loop.steps=40", "model.dtype=bfloat16"),
+        training=("loop.steps=32", "model.dtype=bfloat16", "evaluate.sampled=false"),
         systems={
             "search_r1_grpo": ["reward=outcome"],
             "otc_grpo": ["reward=otc_grpo", "reward.c=4.0"],
@@ -112,7 +112,7 @@ def main() -> None:
 def train(world: World, system: str, seed: int, *, start: Path, runs: Path, dry: bool) -> None:
     folder = runs / f"{system}-{seed}"
     own = [f"seed={seed}", f"name={folder.name}", f"run_dir={folder}", "threads=1"]
-    weights = [f"model.path={start}/model", "sft.steps=0", "evaluate.before=false", "evaluate.sampled=true"]
+    weights = [f"model.path={start}/model", "sft.steps=0", "evaluate.before=false"]
     command = [*OTCRL, "train", *world.settings, *world.training, *world.systems[system], *own, *weights]
     once(folder, "summary.json", command, dry)
 
