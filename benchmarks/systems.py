@@ -43,12 +43,15 @@ class World:
 
 WORLDS = {
     "python": World(
-        settings=("conf=smollm2_python", "task.seed=0", "task.test_share=0.2", "task.test_size=120"),
+        settings=(
+            *("conf=smollm2_python", "task.seed=0", "task.test_share=0.2", "task.test_size=120"),
+            "evaluate.sampled=true",
+        ),
         start=(
             *("sft.steps=96", "sft.optimizer.lr=3e-4", "task.demo_overcall=0.4"),
             *("task.kinds.small_sum.weight=2", "task.kinds.small_product.weight=1"),  # so that they are known by heart
         ),
-        training=("loop.steps=40", "loop.problems_per_step=6", "evaluate.sampled=true"),
+        training=("loop.steps=40", "loop.problems_per_step=6"),
         systems={
             "torl_grpo": ["reward=torl"],
             "otc_grpo": ["reward=otc_grpo", "reward.c=3.0"],
@@ -59,13 +62,13 @@ WORLDS = {
     "sums": World(  # python without small products; drills make certain that small sums are known by heart
         settings=(
             *("conf=smollm2_python", "task.seed=0", "task.test_share=0.3", "task.test_size=120"),
-            *("~task.kinds.small_product", "task.kinds.small_sum.weight=1.5"),
+            *("~task.kinds.small_product", "task.kinds.small_sum.weight=1.5", "evaluate.sampled=true"),
         ),
         start=(
             *("sft.steps=80", "sft.batch_size=36", "sft.optimizer.lr=3e-4", "task.drill_share=0.5"),
             *("task.demo_overcall=0.7", "task.kinds.small_sum.weight=4.5"),
         ),
-        training=("loop.steps=40", "loop.problems_per_step=6", "model.dtype=bfloat16", "evaluate.sampled=true"),
+        training=("loop.steps=40", "loop.problems_per_step=6", "model.dtype=bfloat16"),
         systems={"torl_grpo": ["reward=torl"], "otc_grpo": ["reward=otc_grpo", "reward.c=3.0"]},
         seeds={"torl_grpo": (0, 1), "otc_grpo": (0, 1)},
     ),
@@ -78,7 +81,7 @@ WORLDS = {
             *("tools.search.max_passage_words=40", "task.demo_max_words=40"),
         ),
         start=("sft.steps=80",),
-        training=("loop.steps=32", "model.dtype=bfloat16", "evaluate.sampled=false"),
+        training=("loop.steps=32", "model.dtype=bfloat16"),
         systems={
             "search_r1_grpo": ["reward=outcome"],
             "otc_grpo": ["reward=otc_grpo", "reward.c=4.0"],
@@ -101,9 +104,11 @@ def main() -> None:
 
     world, folder = WORLDS[options.world], options.runs / options.world
     start = folder / "start"
-    once(start, "model", [*OTCRL, "sft", *world.settings, *world.start, "threads=1", f"run_dir={start}"], options.dry)
-    measured = [*OTCRL, "eval", *world.settings, f"model={start}/model", f"run_dir={start}", "evaluate.sampled=true"]
-    once(start, "eval/sampled/report.json", measured, options.dry)
+    own = ["name=start", f"run_dir={start}", "threads=1"]
+    once(start, "model", [*OTCRL, "sft", *world.settings, *world.start, *own], options.dry)
+    measured = [*OTCRL, "eval", *world.settings, f"model={start}/model", *own]
+    last = "sampled" if "evaluate.sampled=true" in world.settings else "greedy"
+    once(start, f"eval/{last}/report.json", measured, options.dry)
     chosen = [(system, seed) for system, seed in world.runs() if not options.only or f"{system}-{seed}" in options.only]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda run: train(world, *run, start=start, runs=folder, dry=options.dry), chosen))
