@@ -81,7 +81,7 @@ WORLDS = {
             *("tools.search.max_passage_words=40", "task.demo_max_words=40"),
         ),
         start=("sft.steps=80",),
-        training=("loop.steps=32", "model.dtype=bfloat16"),
+        training=("loop.steps=32", "model.dtype=bfloat16", "learner.policy_optimizer.lr=3e-5"),
         systems={
             "search_r1_grpo": ["reward=outcome"],
             "otc_grpo": ["reward=otc_grpo", "reward.c=4.0"],
