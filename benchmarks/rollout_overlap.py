@@ -1,6 +1,6 @@
 """Tools that take a second and an engine that is always busy: what overlapping the two is worth.
 
-64 trajectories of 3 tool calls each, 8 groups of 8 that share a prompt, on a real engine, four ways:
+64 trajectories of 3 tool calls each on a real engine, four ways:
 
     ours         the Collector: a trajectory goes on as soon as its own tool has answered
     synchronous  all trajectories generate, then all tools run at once, then all generate: the same engine and tokens
@@ -38,10 +38,9 @@ class Overlap:
     model: str
     engine: str  # vllm | hf
     trajectories: int
-    group_size: int = 8  # trajectories with the same prompt
     calls: int = 3
     turn_tokens: int = 16
-    question_words: int = 80
+    question_words: int = 40
     observation_tokens: int = 32
     median_s: float = 1.0  # of a tool call
     sigma: float = 1.0
@@ -90,8 +89,7 @@ async def seconds(work: Awaitable[int]) -> tuple[float, int]:
 async def measure(work: Overlap, rounds: int) -> tuple[list[Row], dict[str, float]]:
     engine, model, tokenizer = make_engine(work)
     tool = SlowSearch(median_s=work.median_s, sigma=work.sigma, result=passage(work.observation_tokens, tokenizer))
-    asked = Questions(length=work.question_words).sample(0, work.trajectories // work.group_size)
-    problems = [problem for problem in asked for _ in range(work.group_size)]
+    problems = Questions(length=work.question_words).sample(0, work.trajectories)
     found: dict[str, list[float]] = {"ours": [], "synchronous": [], "engine only": [], "longest": []}
     tokens: dict[str, int] = {}
     spans: list[float] = []  # seconds that the tools of each trajectory take
