@@ -135,7 +135,7 @@ def test_no_rank_ever_has_the_whole_of_a_split_model(together):
     """Neither while it is loaded nor while its weights are handed out; of which one layer is there at a time."""
     found, parameters = together["from file"], dict(ranks.large().named_parameters())
     nbytes = sum(p.numel() for p in parameters.values()) * 4
-    assert nbytes > 50e6
+    assert nbytes > 120e6
     assert found["loading"] < 0.9 * nbytes  # this rank's half, what is under way, and what Python took meanwhile
     layer = sum(p.numel() for name, p in parameters.items() if name.startswith("model.layers.0."))
     assert 0 < found["at once"] <= layer
