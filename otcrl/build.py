@@ -23,7 +23,7 @@ from otcrl.experiment import Evaluate, Experiment, cold_start, evaluate, run_exp
 from otcrl.health import Health
 from otcrl.learner.deepspeed_backend import DeepSpeed, made_split
 from otcrl.learner.learner import Learner
-from otcrl.learner.proof import Proof
+from otcrl.learner.proof import Proof, is_16_bit
 from otcrl.learner.thread import LearnerThread
 from otcrl.loggers import Loggers
 from otcrl.loggers.jsonl import JsonlLogger
@@ -338,7 +338,8 @@ def build_run(cfg: Config, world: World, bars: Bars, start: Start) -> Run:
     check_questions(collector.player, world.task, loop)
     if world.sft.steps and start.checkpoint is None and start.cold is None:
         check_demonstrations(world.sft, world.task, world.dialect, world.tokenizer, world.tools)
-    proof = construct_as(Proof, cfg["sync"], "sync", rounds=rounds(learner, engine))
+    types = (learner.autocast, learner.policy.dtype, getattr(engine, "dtype", None))  # servers do not say theirs here
+    proof = construct_as(Proof, cfg["sync"], "sync", rounds=any(map(is_16_bit, types)))
     health = construct_as(Health, cfg["health"], "health")
     folder = start.folder
     with start.prepared(cfg):
@@ -366,12 +367,6 @@ def build_run(cfg: Config, world: World, bars: Bars, start: Start) -> Run:
         folder=folder,
         bars=bars,
     )
-
-
-def rounds(learner: Learner, engine: Engine) -> bool:
-    """Whether the learner or the engine computes in 16 bits, as far as one can tell: servers do not say here."""
-    types = (learner.autocast, learner.policy.dtype, getattr(engine, "dtype", None))
-    return any(str(dtype).removeprefix("torch.") in ("bfloat16", "float16") for dtype in types)
 
 
 def build_logger(cfg: Config, loop: Loop, start: Start, earlier: list[dict[str, Any]], bars: Bars) -> Loggers:

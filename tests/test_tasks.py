@@ -346,6 +346,12 @@ def test_a_drill_teaches_a_small_result_in_the_answers_place_and_nothing_about_c
     assert small.isdisjoint(demo[0].text for demo in demos if demo[1].is_action), "and nobody shows whether to call"
 
 
+def test_drills_need_something_small_to_teach() -> None:
+    large = Kind(dataset="chain_sum", weight=1, size="large", options={})
+    with pytest.raises(ConfigError, match="no kind is of size small"):
+        sums(kinds={"large": large}, drill_share=0.5)
+
+
 def test_the_notebook_dialect_runs_the_same_code() -> None:
     demo = next(d for d in sums().demonstrations(0, 80, NOTEBOOK) if len(d) > 2)
     assert calls(demo, NOTEBOOK)[0].arguments.startswith("print(")

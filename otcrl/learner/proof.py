@@ -75,3 +75,8 @@ class Proof:
             "16 bits" if self.rounds else "float32"
         ]  # the first publication may happen to agree to the last bit
         return MOST if self._found is None else min(MOST, max(least, ROOM * self._found))
+
+
+def is_16_bit(dtype: object) -> bool:
+    """Of a torch type, or its name; None is no type."""
+    return str(dtype).removeprefix("torch.") in ("bfloat16", "float16")

@@ -12,7 +12,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from otcrl.models.devices import use
+from otcrl.models.devices import make_current
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -25,7 +25,7 @@ class LearnerThread:
 
     def __init__(self, device: torch.device) -> None:
         """`device`: the learner's, which is the current one in the thread."""
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="learner", initializer=use, initargs=(device,))
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="learner", initializer=make_current, initargs=(device,))
 
     async def __call__(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """A cancellation is passed on to `stop_if_cancelled` in the thread, and takes effect when that has ended."""

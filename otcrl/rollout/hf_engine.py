@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from otcrl.errors import ConfigError, EngineError
-from otcrl.models.devices import use
+from otcrl.models.devices import make_current
 from otcrl.protocols import Completion, Tokenizer
 from otcrl.rollout.hf_forward import Forward, Moves, Request, Session, Stats, copy_weights
 from otcrl.rollout.pace import Pace
@@ -55,7 +55,7 @@ class HFEngine:
         self.version = 0
         self._forward = Forward(model, max_rows=max_sequences, context=context, batch_tokens=batch_tokens)
         self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix="hf_engine", initializer=use, initargs=(self._forward.model.device,)
+            1, thread_name_prefix="hf_engine", initializer=make_current, initargs=(self._forward.model.device,)
         )
         self._tokenizer = tokenizer
         self._vocab = model.config.get_text_config().vocab_size

@@ -243,7 +243,7 @@ class VLLMEngine:
             task.result()
         except (EngineDeadError, EngineError):
             raise
-        except Exception as error:
+        except Exception as error:  # vLLM raises nothing better for what went wrong in a worker
             raise EngineError(f"vLLM failed: {error}") from error
         finally:
             if not task.done():

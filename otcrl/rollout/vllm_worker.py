@@ -51,17 +51,17 @@ class Receiver:
 
     def otcrl_remember(self) -> None:
         """Before weights come another way (NCCL): what there is now."""
-        self._otcrl_before = dict(self._otcrl_fingerprints())
+        self._otcrl_before = {name: fingerprint(parameter) for name, parameter in self._otcrl_parameters()}
 
     def otcrl_arrived(self, version: int, types: Collection[str]) -> dict[str, Any]:
         """Weights have come since `otcrl_remember`, and are this version. `types`: theirs, as they were sent.
 
         A parameter of a narrower type than that may be what it was after a small update, by rounding.
         """
-        exact = {name for name, p in self._otcrl_parameters() if all(holds(p.dtype, sent) for sent in types)}
-        same = [name for name, value in self._otcrl_fingerprints() if self._otcrl_before.get(name) == value]
+        exact = ((name, p) for name, p in self._otcrl_parameters() if all(holds(p.dtype, sent) for sent in types))
+        unchanged = [name for name, p in exact if self._otcrl_before.get(name) == fingerprint(p)]
         self.otcrl_version = version
-        return {"version": version, "damaged": [], "unchanged": [name for name in same if name in exact]}
+        return {"version": version, "damaged": [], "unchanged": unchanged}
 
     def otcrl_settings(self) -> dict[str, Any]:
         """How a server was started, in so far as training depends on it."""
@@ -85,9 +85,6 @@ class Receiver:
         self.model_runner.reload_weights(weights_iterator=weights)
         repack(self.model_runner.get_model())
         return self.otcrl_arrived(version, types)
-
-    def _otcrl_fingerprints(self) -> Iterable[tuple[str, str]]:
-        return ((name, fingerprint(parameter)) for name, parameter in self._otcrl_parameters())
 
     def _otcrl_parameters(self) -> Iterable[tuple[str, Tensor]]:
         """Those that still lie here as such; on CPU repacked ones do not."""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from otcrl.errors import EngineError
-from otcrl.models.devices import use
+from otcrl.models.devices import make_current
 from otcrl.models.published import Layers
 from otcrl.rollout.fleet import Fleet, Server, named
 from otcrl.rollout.publication import Message, check_delivery, check_names
@@ -132,7 +132,7 @@ class WeightsByNCCL:
 
 def sent(source: Layers, broadcast: Broadcast, device: torch.device) -> dict[str, str]:
     """Broadcasts every parameter in order. Digests by name; each has left the GPU before the next is gathered."""
-    use(device)  # in this thread
+    make_current(device)  # in this thread
     digests = {}
     for name, tensor in source:
         whole = tensor.contiguous()  # NCCL sends what lies behind the pointer
@@ -146,7 +146,7 @@ def sent(source: Layers, broadcast: Broadcast, device: torch.device) -> dict[str
 def nccl_group(address: str, port: int, ranks: int, device: torch.device) -> Broadcast:
     from otcrl.rollout.vllm_engine import nccl_group
 
-    use(device)  # in this thread
+    make_current(device)  # in this thread
     return nccl_group(address, port, ranks, device)
 
 

@@ -10,7 +10,7 @@ import ast
 import operator
 import random
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import cycle, islice
@@ -20,6 +20,7 @@ from otcrl.errors import ConfigError, DataError, nearest
 from otcrl.protocols import Demo, Dialect, Segment, Tool
 from otcrl.rewards.matching import as_number
 from otcrl.tasks.records import shuffled_epochs
+from otcrl.tasks.traces import drill
 from otcrl.types import Problem
 
 PYTHON = "python"  # the tool that demonstrations call
@@ -64,12 +65,17 @@ class Arithmetic:
                 raise ConfigError(f"{name} must be a share between 0 and 1, got {getattr(self, name)}")
         if not self._train:
             raise ConfigError(f"there is nothing to practise: train_size {self.train_size}, kinds {list(self.kinds)}")
+        if self.drill_share and not self._small:
+            raise ConfigError("drill_share is a share of small results, and no kind is of size small")
 
     # -- problems ------------------------------------------------------------------------------------
 
     def sample(self, step: int, count: int) -> list[Problem]:
-        chosen = shuffled_epochs(len(self._train), step * count, count, f"{self.seed}/train")
-        return [self._train[i] for i in chosen]
+        return self._chosen(self._train, step, count, "train")
+
+    def _chosen(self, problems: Sequence[Problem], step: int, count: int, what: str) -> list[Problem]:
+        """The `count` of them that are step's turn, every one once an epoch."""
+        return [problems[i] for i in shuffled_epochs(len(problems), step * count, count, f"{self.seed}/{what}")]
 
     def held_out(self) -> list[Problem]:
         return [
@@ -124,17 +130,13 @@ class Arithmetic:
             raise ConfigError(
                 f"demonstrations call {PYTHON!r}, which is not in tools: {', '.join(self.tools) or 'none'}"
             )
-        drills = round(count * self.drill_share) if self._small else 0
-        shown, drilled = (
-            [problems[i] for i in shuffled_epochs(len(problems), step * size, size, f"{self.seed}/{name}")]
-            for name, problems, size in (
-                ("demonstrations", self._train, count - drills), ("drills", self._small, drills)
-            )
-        )  # fmt: skip
+        drills = round(count * self.drill_share)
+        shown = self._chosen(self._train, step, count - drills, "demonstrations")
+        drilled = self._chosen(self._small, step, drills, "drills")
         rng = random.Random(f"{self.seed}/demonstrations/{step}")
         return [
             *(self._demonstrate(problem, dialect, rng.random() < self.demo_overcall) for problem in shown),
-            *(self._drill(problem, dialect) for problem in drilled),
+            *(drill(problem, dialect, self.tools) for problem in drilled),
         ]
 
     def _demonstrate(self, problem: Problem, dialect: Dialect, overcall: bool) -> Demo:
@@ -144,14 +146,6 @@ class Arithmetic:
             segments.append(Segment(dialect.write_call(PYTHON, f"print({expression})"), True))
             segments.append(Segment(dialect.observation(str(evaluate(expression))), False))
         return [*segments, Segment(dialect.write_answer(problem.answers[0]), True)]
-
-    def _drill(self, problem: Problem, dialect: Dialect) -> Demo:
-        opening, whole = dialect.open_answer(), dialect.write_answer(problem.answers[0])
-        return [
-            Segment(dialect.prompt(problem, self.tools), False),
-            Segment(opening, False),
-            Segment(whole.removeprefix(opening), True),
-        ]
 
     @cached_property
     def _small(self) -> list[Problem]:

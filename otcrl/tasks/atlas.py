@@ -24,6 +24,7 @@ from functools import cached_property
 from otcrl.errors import ConfigError, nearest
 from otcrl.protocols import Demo, Dialect, Segment, Tool
 from otcrl.tasks.records import shuffled_epochs
+from otcrl.tasks.traces import drill
 from otcrl.types import Problem
 
 KNOWN = ("color", "pet", "city", "spouse")
@@ -174,7 +175,7 @@ class Atlas:
         kinds = rng.choices(list(self.demo_mix), list(self.demo_mix.values()), k=count - drills - copies)
         return [
             *(self._demonstrate(rng.choice(self.train[kind]), dialect, rng) for kind in kinds),
-            *(self._drill(problem, dialect) for problem in rng.choices(by_heart, k=drills)),
+            *(drill(problem, dialect, self.tools) for problem in rng.choices(by_heart, k=drills)),
             *(self._copy(rng) for _ in range(copies)),
         ]
 
@@ -222,12 +223,6 @@ class Atlas:
     @cached_property
     def _content(self) -> list[str]:
         return [*self.names, *(v for r in (*KNOWN, *HIDDEN) if r != "spouse" for v in self.values[r])]
-
-    def _drill(self, problem: Problem, dialect: Dialect) -> Demo:
-        """Puts a fact in the weights, and says nothing about whether to call."""
-        opening, whole = dialect.open_answer(), dialect.write_answer(problem.answers[0])
-        prompt = dialect.prompt(problem, self.tools)
-        return [Segment(prompt, False), Segment(opening, False), Segment(whole.removeprefix(opening), True)]
 
     def _copy(self, rng: random.Random) -> Demo:
         draw: list[Callable[[], str]] = [lambda: rng.choice(self._content), lambda: str(rng.randint(0, 2 * LARGEST))]

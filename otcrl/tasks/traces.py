@@ -93,3 +93,10 @@ def demonstrate(found: Trace, tool: str, dialect: Dialect, tools: Mapping[str, T
 
 def paragraph(text: str) -> str:
     return f"{text}\n" if text else ""
+
+
+def drill(problem: Problem, dialect: Dialect, tools: Mapping[str, Tool]) -> Demo:
+    """Puts the answer in the weights, and says nothing about whether to call: its opening is there already."""
+    opening, whole = dialect.open_answer(), dialect.write_answer(problem.answers[0])
+    prompt = dialect.prompt(problem, tools)
+    return [Segment(prompt, False), Segment(opening, False), Segment(whole.removeprefix(opening), True)]
