@@ -396,9 +396,10 @@ def test_when_none_is_left_the_run_ends_and_says_why(known):
     async def everything_dies() -> None:
         crowd = asyncio.create_task(known.crowd(max_tokens=300))
         await asyncio.sleep(0.1)
-        known.servers[0].kill()
         known.servers[1].kill_core()
+        known.servers[0].kill()
         await crowd
+        await known.crowd(max_tokens=300)  # on a busy machine the first has all of its tokens before they die
 
     with pytest.raises(EngineError, match=r"no server was left for engine.patience_s=5 s: http://.*; http://"):
         known.run(everything_dies())
