@@ -127,6 +127,7 @@ class Receiving:
     without: tuple[str, ...] = ()  # routes that its version does not have
     unchanged: tuple[str, ...] = ()  # parameters that keep their old values
     fails: str = ""  # at this route
+    is_lost: bool = False  # when an update is to begin
     heard: list[tuple[str, Any]] = field(default_factory=list)
 
     def app(self) -> FastAPI:
@@ -144,6 +145,8 @@ class Receiving:
         async def control(route: str, request: Request) -> JSONResponse:
             if route in self.without:
                 return JSONResponse({"detail": "Not Found"}, 404)
+            if self.is_lost and route == "start_weight_update":
+                return JSONResponse({"message": "the engine is dead"}, 503)
             self.heard.append((route, await request.json()))
             return JSONResponse({"message": "out of memory"}, 500 if route == self.fails else 200)
 
@@ -210,7 +213,7 @@ def test_what_is_announced_is_what_is_sent_in_one_order():
     assert set(announced["dtype_names"]) == {"float32"}
     assert all(torch.equal(a, p) for a, p in zip(group.arrived, MODEL.parameters(), strict=True))
     assert server.routes() == [
-        *["otcrl_remember", "init_weight_transfer_engine", "start_weight_update", "update_weights"],
+        *["otcrl_remember", "start_weight_update", "init_weight_transfer_engine", "update_weights"],
         *["finish_weight_update", "otcrl_arrived"],
     ]
     assert server.told("otcrl_arrived") == [7, ["float32"]]
@@ -238,6 +241,26 @@ def test_who_is_in_the_group_changes_with_who_is_in():
     with ExitStack() as stack:
         asyncio.run(one_falls_out([stack.enter_context(served(server.app())) for server in servers]))
     assert [ranks for _, ranks in group.opened] == [3, 2, 3]
+
+
+def test_one_that_is_lost_before_the_broadcast_is_left_out_and_a_smaller_group_opened():
+    servers, group = [Receiving(workers=2), Receiving()], Group()
+
+    async def one_is_lost(urls: list[str]) -> None:
+        fleet = Fleet(urls)
+        weights = WeightsByNCCL(fleet, MODEL, None, 30, group.open)
+        weights.prepare(MODEL.named_parameters(), 0)
+        assert await weights.bring(fleet.servers) == fleet.servers
+        servers[0].is_lost = True
+        weights.prepare([(name, p.detach() + 1) for name, p in MODEL.named_parameters()], 1)
+        assert await weights.bring(fleet.servers) == fleet.servers[1:]
+        await fleet.close()
+
+    with ExitStack() as stack:
+        asyncio.run(one_is_lost([stack.enter_context(served(server.app())) for server in servers]))
+    assert [ranks for _, ranks in group.opened] == [4, 2]
+    assert servers[1].told("otcrl_arrived")[0] == 0
+    assert servers[1].heard[-1][1][0] == 1, "the second version arrived"
 
 
 def test_a_version_without_sessions_does_without():
@@ -286,7 +309,7 @@ def test_a_broadcast_that_hangs_ends_the_run_with_the_reason():
 def test_and_the_process_ends_though_nobody_wakes_the_thread():
     code = "from tests.test_weights_by_nccl import hang; hang()"
     root = Path(__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "EngineError: publishing took more than engine.sync_timeout_s=1 s" in done.stderr
 

@@ -51,6 +51,7 @@ class WeightsByNCCL:
         self._open_group = open_group or nccl_group
         self._broadcast: Broadcast | None = None
         self._members: list[Server] = []
+        self._workers: dict[str, int] = {}  # by URL of their server
         self._source = Layers(())
         self._version = 0
         self._digests: dict[str, str] = {}
@@ -65,12 +66,11 @@ class WeightsByNCCL:
     async def bring(self, servers: Sequence[Server], *, again: bool = False) -> list[Server]:
         """Those that have the weights prepared last. Raises EngineError naming a parameter that did not change."""
         assert not again, "weights are not kept"
-        servers = await self._fleet.each(servers, lambda server: self._fleet.rpc(server, "otcrl_remember"))
+        servers = await self._fleet.each(servers, self._begin)  # who is lost until here is left out
         if not servers:
             return []
         if self._broadcast is None or servers != self._members:
             await self._open(servers)
-        await self._fleet.each(servers, lambda server: self._session(server, "/start_weight_update"))
         before, self._digests = self._digests, await self._send(servers)
         await self._fleet.each(servers, lambda server: self._session(server, "/finish_weight_update"))
         all_changed = bool(before) and all(before.get(name) != digest for name, digest in self._digests.items())
@@ -83,11 +83,17 @@ class WeightsByNCCL:
 
         return await self._fleet.each(servers, arrived)
 
+    async def _begin(self, server: Server) -> None:
+        """Whatever does not need the others: after this every loss ends the run."""
+        await self._fleet.rpc(server, "otcrl_remember")
+        answer = await self._fleet.ask(server, "GET", "/get_world_size")
+        self._workers[server.url] = answer.json()["world_size"]
+        await self._session(server, "/start_weight_update")
+
     async def _open(self, servers: list[Server]) -> None:
         """A new group of this process and all workers of the servers."""
         self._broadcast = None
-        answers = [await self._fleet.ask(server, "GET", "/get_world_size") for server in servers]
-        sizes = [answer.json()["world_size"] for answer in answers]
+        sizes = [self._workers[server.url] for server in servers]
         address, port = self._address or address_towards(servers[0].url), free_port()
         group = {"master_address": address, "master_port": port, "world_size": 1 + sum(sizes)}
         bodies = [{"init_info": {**group, "rank_offset": 1 + sum(sizes[:number])}} for number in range(len(servers))]
