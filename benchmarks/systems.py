@@ -87,16 +87,16 @@ WORLDS = {
             "otc_grpo": ["reward=otc_grpo", "reward.c=4.0"],
             "search_r1_ppo": [*PPO, "reward=outcome", "loop.problems_per_step=16"],
             "otc_ppo": [*PPO, "reward=otc_ppo", "reward.c=4.0", "loop.problems_per_step=16"],
-            "search_r1_grpo_64": ["reward=outcome", "loop.steps=64"],  # twice as long
-            "otc_grpo_64": ["reward=otc_grpo", "reward.c=4.0", "loop.steps=64"],
+            "otc_grpo_c10": ["reward=otc_grpo", "reward.c=10.0"],  # a milder price
+            "otc_ppo_c10": [*PPO, "reward=otc_ppo", "reward.c=10.0", "loop.problems_per_step=16"],
         },
         seeds={
             "search_r1_grpo": (0, 1),
             "otc_grpo": (0, 1),
             "search_r1_ppo": (0,),
             "otc_ppo": (0,),
-            "search_r1_grpo_64": (0,),
-            "otc_grpo_64": (0,),
+            "otc_grpo_c10": (0, 1),
+            "otc_ppo_c10": (0,),
         },
     ),
 }

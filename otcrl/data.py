@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 
 from otcrl.errors import ConfigError, DataError, nearest
+from otcrl.jsonlines import read_json_lines
 from otcrl.tasks.catalogue import CATALOGUE, Published
-from otcrl.tasks.fields import Paragraph, Record, Row
+from otcrl.tasks.fields import Record, Row
 from otcrl.tasks.records import SUFFIXES, check_unique, hub_rows, read_rows, records, to_problem
 from otcrl.types import Problem
 
-SETTINGS = ("out", "from", "max", "skip_bad_rows")
+log = logging.getLogger(__name__)
+
+Passage = tuple[str, str]  # its title and its text
+SETTINGS = ("out", "from", "reader", "max", "skip_bad_rows")
 TESTS = {"test", "dev", "val", "validation"}  # what the names of files to evaluate on have in them
 
 
 def run(words: Sequence[str]) -> int:
-    """The exit code of `otcrl data NAME[,NAME] out=DIR [from=FILE_OR_DIR] [max=N] [skip_bad_rows=true]`."""
+    """The exit code of `otcrl data NAME[,NAME] out=DIR [from=FILE_OR_DIR] [key=value ...]`."""
     names = [name for word in words if "=" not in word for name in word.split(",")]
     settings = dict(word.split("=", 1) for word in words if "=" in word)
     for name in settings:
@@ -44,7 +50,7 @@ def run(words: Sequence[str]) -> int:
         known = CATALOGUE[name]
         splits = local(Path(place)) if place is not None else downloaded(name, known)
         written = write(
-            name, known.reader, splits, Path(settings["out"]) / name,
+            name, settings.get("reader", known.reader), splits, Path(settings["out"]) / name,
             limit=int(limit) if limit else None, skip_bad_rows=skip == "true",
         )  # fmt: skip
         for path, count in written.items():
@@ -96,38 +102,60 @@ def write(
 ) -> dict[Path, int]:
     """(file -> rows in it) of `folder`: a file for each split, and a corpus where the questions come with paragraphs.
 
-    Raises DataError, and leaves no file that is not whole.
+    Raises DataError, and leaves no file that is not whole. Where bad rows are skipped, so is a file of nothing else.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out: the folder {folder} cannot be made: {error.strerror}") from error
     problems: list[Problem] = []
-    passages: dict[Paragraph, str] = {}  # without its `is_gold` -> its id in the corpus
+    passages: dict[str, Passage] = {}  # by id
     written: dict[Path, int] = {}
+    refused: list[DataError] = []
     for split, where, rows in splits:
-        path, before = folder / f"{split}.jsonl.gz", len(problems)
-        with whole(path) as file:
-            for position, place, row, record in records(rows, where, skip_bad_rows, reader):
-                if limit is not None and len(problems) - before == limit:
-                    break
-                problem = to_problem(record, row, name, split, position, place)
-                problems.append(problem)
-                put(file, line(problem, name, gold_ids(record, passages, name)))
-            written[path] = len(problems) - before
-            if not written[path]:
-                raise DataError(f"{where} holds no problem.")
-    check_unique(problems, name)
+        path, found = folder / f"{split}.jsonl.gz", list[Problem]()
+        try:
+            with whole(path) as file:
+                for position, place, row, record in records(rows, where, skip_bad_rows, reader):
+                    if limit is not None and len(found) == limit:
+                        break
+                    found.append(to_problem(record, row, name, split, position, place))
+                    put(file, line(found[-1], name, gold_ids(record, passages, name)), place)
+                if not found:
+                    raise DataError(f"{where} holds no problem.")
+                check_unique([*problems, *found], where)
+        except DataError as error:
+            if not skip_bad_rows:
+                raise
+            refused.append(error)
+            log.warning("left out: %s", error)
+            continue
+        written[path] = len(found)
+        problems += found
+    if not written and refused:
+        raise refused[0]
     if passages:
-        with whole(folder / "corpus.jsonl.gz") as file:
-            for paragraph, key in passages.items():
-                put(file, {"id": key, "title": paragraph.title, "text": paragraph.text})
-        written[folder / "corpus.jsonl.gz"] = len(passages)
+        path = folder / "corpus.jsonl.gz"
+        if path.is_file():  # what is here of another split points into it
+            earlier = (row for _, row in read_json_lines(path) if isinstance(row, dict))
+            passages = {str(row["id"]): (str(row["title"]), str(row["text"])) for row in earlier} | passages
+        with whole(path) as file:
+            for key, (title, text) in passages.items():
+                put(file, {"id": key, "title": title, "text": text}, str(path))
+        written[path] = len(passages)
     return written
 
 
-def gold_ids(record: Record, passages: dict[Paragraph, str], name: str) -> list[str]:
-    """The ids of the record's gold paragraphs; all of its paragraphs are in `passages` afterwards."""
+def gold_ids(record: Record, passages: dict[str, Passage], name: str) -> list[str]:
+    """The ids of the record's gold paragraphs; all of its paragraphs are in `passages` afterwards.
+
+    An id is a digest of the passage, so that it is the same whatever else is written, and when.
+    """
     found: list[str] = []
     for paragraph in record.paragraphs:
-        key = passages.setdefault(Paragraph(paragraph.title, paragraph.text, False), f"{name}-{len(passages):06}")
+        said = json.dumps([paragraph.title, paragraph.text]).encode()
+        key = f"{name}-{blake2b(said, digest_size=8).hexdigest()}"
+        passages[key] = (paragraph.title, paragraph.text)
         found += [key] if paragraph.is_gold and key not in found else []
     return found
 
@@ -139,6 +167,8 @@ def line(problem: Problem, name: str, gold: list[str]) -> dict[str, object]:
     if problem.source != name:
         row["data_source"] = problem.source
     row |= {"question": problem.question, "answers": list(problem.answers)}
+    if problem.optimal_calls is not None:
+        row["optimal_calls"] = problem.optimal_calls
     return row | ({"gold_ids": gold} if gold else {}) | dict(problem.meta)
 
 
@@ -154,5 +184,9 @@ def whole(path: Path) -> Iterator[gzip.GzipFile]:
         part.unlink(missing_ok=True)
 
 
-def put(file: gzip.GzipFile, row: Mapping[str, object]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+def put(file: gzip.GzipFile, row: Mapping[str, object], where: str) -> None:
+    """Raises DataError for what JSON in UTF-8 cannot hold, such as a date."""
+    try:
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: cannot be written as JSON: {error}") from error

@@ -33,5 +33,5 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[str, object]]:
 def _parsed(line: bytes, where: str) -> object:
     try:
         return json.loads(line)
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or too deep
         raise DataError(f"{where}: expected one JSON object per line, got {line[:60]!r}: {error}") from error

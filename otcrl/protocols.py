@@ -183,6 +183,15 @@ class Prepares(Protocol):
         ...
 
 
+@runtime_checkable
+class Remembers(Protocol):
+    """What a dialect has beside the above if an answer counts that was given before the last turn."""
+
+    def answered(self, sampled_turns: Sequence[str]) -> str | None:
+        """The answer of a trajectory whose last turn gives none; None: no turn did."""
+        ...
+
+
 class Tokenizer(Protocol):
     def encode(self, text: Text) -> list[int]:
         """Ids of `text` as plain text: control tokens are neither added nor recognised in it.

@@ -546,6 +546,18 @@ def test_a_table_says_what_does_not_compare(runs: tuple[Path, Path], capsys: pyt
     assert "the reports count different calls" in refusal(capsys, "table", runs[0], other)
 
 
+def test_a_baseline_of_other_sets_is_compared_where_it_can_be_and_named(
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fewer = save(runs[0].parent / "fewer", {"after": BASELINE[:3]})
+    text = shown(capsys, "table", runs[1], f"baseline={fewer}")
+    assert "No changes of means: the baseline was evaluated on other data sets" in text
+    assert "Questions of nq differ: 4 (otc), 3 (fewer)" in text
+    row = dict(zip(*rows_of(text)[::2], strict=True))
+    assert "▼" in row["nq TC"]
+    assert not {"▼", "▲"} & set(row["overall TC"] + row["all sets, mean TC"] + row["hotpotqa TC"])
+
+
 def test_the_same_table_in_latex_and_csv(
     runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -599,7 +611,8 @@ def test_offloading_by_model_size_and_training_step(
 ) -> None:
     from safetensors.numpy import save_file
 
-    passes = compare_passes(RUN, BASELINE, [], correct)
+    without_calls = [replace(t, tool_calls=()) for t in BASELINE]
+    passes = compare_passes(RUN, without_calls, [], correct)
     names = {"before": RUN, "step-000002/greedy": RUN, "after": BASELINE}
     for name, width in (("large", 9), ("small", 2)):
         run = save(runs[0].parent / name, names, rows=[step(0.5)] * 4, change=lambda r: replace(r, offloading=passes))
@@ -634,6 +647,13 @@ def test_any_text_survives_every_form(rows: list[tuple[str, str]]) -> None:
     assert len(body) == len(rows)
     for line in body:
         assert len(re.findall(r"(?<!\\)&", line)) == 1  # what separates cells, and no other
+
+
+def test_no_text_is_taken_for_a_command_of_latex() -> None:
+    text = latex(Grid(title="t", columns=[("", "a"), ("", "p < .001")], rows=[["[best] a|b", "<0.001"], ["*", "~"]]))
+    assert r"p $<$ .001" in text
+    assert r"{}[best] a$|$b & $<$0.001 \\" in text  # a bracket after the end of a line would be its argument
+    assert r"{}* & \textasciitilde{} \\" in text
 
 
 def test_a_cell_is_rounded_for_people_and_whole_for_programs() -> None:

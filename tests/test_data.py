@@ -81,9 +81,70 @@ def test_paragraphs_become_a_corpus_that_demonstrations_can_search(tmp_path: Pat
     folder = tmp_path / "hotpotqa"
     corpus = rows(folder / "corpus.jsonl.gz")
     assert [passage["title"] for passage in corpus] == ["Tin", "Polonium"]  # once each
-    assert [row["gold_ids"] for row in rows(folder / "train.jsonl.gz")] == [["hotpotqa-000001"]] * 2
+    assert [row["gold_ids"] for row in rows(folder / "train.jsonl.gz")] == [[corpus[1]["id"]]] * 2
     task = QuestionAnswering(train=[str(folder / "train.jsonl.gz")], corpus=[str(folder / "corpus.jsonl.gz")])
-    assert task.passages["hotpotqa-000001"].text == GOLD
+    assert task.passages[corpus[1]["id"]].text == GOLD
+
+
+def test_splits_that_are_written_one_after_the_other_share_a_corpus(tmp_path: Path):
+    """HotpotQA, 2WikiMultihopQA and MuSiQue come as a file for each split: each is a call of its own."""
+    context = [["Ann", ["Ann is a person."]], ["Bob", ["Bob is a person."]]]
+    for split, title, order in (("train", "Ann", 1), ("test", "Bob", -1)):
+        row = ROWS["hotpotqa"][0] | {"supporting_facts": [[title, 0]], "context": context[::order]}
+        source = write_rows(tmp_path / f"{split}.json", [row])
+        assert cli.main(["data", "hotpotqa", f"from={source}", f"out={tmp_path}"]) == 0
+    folder = tmp_path / "hotpotqa"
+    titles = {passage["id"]: passage["title"] for passage in rows(folder / "corpus.jsonl.gz")}
+    assert sorted(titles.values()) == ["Ann", "Bob"]
+    for split, title in (("train", "Ann"), ("test", "Bob")):
+        (found,) = rows(folder / f"{split}.jsonl.gz")
+        assert [titles[key] for key in found["gold_ids"]] == [title]
+
+
+def test_of_a_folder_a_file_of_bad_rows_alone_is_left_out_if_such_are_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+):
+    """BFCL's folder has files of another kind beside those with single turns."""
+    published, out = tmp_path / "published", tmp_path / "out"
+    published.mkdir()
+    write_rows(published / "BFCL_v4_simple.jsonl", [ROWS["bfcl"][0]])
+    write_rows(published / "BFCL_v4_memory.jsonl", [{"id": "memory_0", "question": [[{"role": "user"}]]}])
+    (published / "BFCL_v4_format_sensitivity.json").write_text('{"simple": ["simple_0"]}')
+    assert "expected a JSON list of objects" in refusal(capsys, "data", "bfcl", f"from={published}", f"out={out}")
+    assert cli.main(["data", "bfcl", f"from={published}", f"out={out}", "skip_bad_rows=true"]) == 0
+    assert [path.name for path in (out / "bfcl").iterdir()] == ["BFCL_v4_simple.jsonl.gz"]
+    assert "left out: " in caplog.text
+    (published / "BFCL_v4_simple.jsonl").unlink()
+    assert "format_sensitivity" in refusal(
+        capsys, "data", "bfcl", f"from={published}", f"out={out}", "skip_bad_rows=true"
+    )
+
+
+def test_what_is_known_of_a_question_survives_and_what_json_cannot_hold_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    row = {"id": 1, "question": "Who?", "answer": "Ann", "optimal_calls": 2}
+    source = write_rows(tmp_path / "test.jsonl", [row])
+    assert cli.main(["data", "nq", f"from={source}", f"out={tmp_path}"]) == 0
+    assert read_problems(str(tmp_path / "nq" / "test.jsonl.gz"))[0].optimal_calls == 2
+    write_rows(tmp_path / "test.jsonl", [row | {"question": "Who? \ud800"}])
+    assert "row 1: cannot be written as JSON: " in refusal(capsys, "data", "nq", f"from={source}", f"out={tmp_path}")
+    write_rows(tmp_path / "test.jsonl", [row, row])
+    assert "two problems have the id 'nq/test/1'" in refusal(capsys, "data", "nq", f"from={source}", f"out={tmp_path}")
+    assert len(rows(tmp_path / "nq" / "test.jsonl.gz")) == 1, "what was there stays"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = write_rows(tmp_path / "test.jsonl", [{"question": "Who?", "answer": "Ann"}])
+    assert f"out: the folder {source}/nq cannot be made: " in refusal(
+        capsys, "data", "nq", f"from={source}", f"out={source}"
+    )
+
+
+def test_another_reader_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = write_rows(tmp_path / "test.jsonl", [{"question": "Who?", "answer": "Ann"}])
+    assert "Reader 'plain' would fit" in refusal(capsys, "data", "gsm8k", f"from={source}", f"out={tmp_path}")
+    assert cli.main(["data", "gsm8k", f"from={source}", f"out={tmp_path}", "reader=plain"]) == 0
 
 
 def test_a_hub_data_set_is_read_with_its_variant_and_its_splits_get_our_names(tmp_path: Path):

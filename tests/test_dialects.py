@@ -206,8 +206,16 @@ def test_instructions_without_a_place_for_the_question_are_refused():
         ("<answer> Paris </answer>", Answer("Paris")),
         ("<search> a <answer> b </search>", Call("search", "a <answer> b")),
         ("I do not know", Nothing()),
+        ("<reasoning> hm </reasoning> <search> who </search>", Call("search", "who")),
+        ("<b>Note</b> <answer> Paris </answer>", Answer("Paris")),
+        ("the type List<int> matters <search> q </search>", Call("search", "q")),
+        ("</information> <search> q </search>", Call("search", "q")),
+        ("<answer> I am not sure <search> q </search>", Call("search", "q")),
     ],
-    ids=["call", "overshoot", "less-than", "answer", "nested", "nothing"],
+    ids=[
+        *["call", "overshoot", "less-than", "answer", "nested", "nothing"],
+        *["other-tags", "html", "angle-brackets", "own-observation", "unfinished-answer"],
+    ],
 )
 def test_tags_are_read(text, action):
     assert TAGS.parse(text, TOOLS) == action
@@ -253,6 +261,11 @@ def test_a_tool_whose_name_can_be_no_tag_is_refused():
 
 
 # -- ToRL -------------------------------------------------------------------------------------------------
+
+
+def test_torl_takes_the_last_box_of_all_turns():
+    assert FENCES.answered([r"\boxed{1} or \boxed{42}, so check:", "The code agrees."]) == "42"
+    assert FENCES.answered(["I do not know."]) is None
 
 
 def test_torl_runs_the_last_complete_block_of_the_turn():

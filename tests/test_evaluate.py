@@ -211,6 +211,12 @@ def test_offloading_by_hand() -> None:
     }
 
 
+def test_who_calls_with_an_answer_opened_for_it_does_not_know() -> None:
+    """ "<answer> I am not sure. <search> ..." is no answer from the weights, however it ends."""
+    looked_up = [attempt("known, called", "yes", OK), *CLOSED[1:]]
+    assert values(compare_passes(NORMAL, looked_up, FORCED, correct))["right_closed"] == 1 / 5
+
+
 def test_a_pass_that_was_not_run_leaves_its_figures_undefined() -> None:
     figures = values(compare_passes(NORMAL, None, None, correct))
     assert figures == dict.fromkeys(figures, None) | {"wrong_without_call": 2 / 5}

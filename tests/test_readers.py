@@ -153,6 +153,60 @@ def test_popqas_own_file_has_tabs_between_its_columns(tmp_path: Path):
     assert problem.answers == ("Curie", "M. Curie")
 
 
+@pytest.mark.parametrize("between", ["", " "], ids=["2WikiMultihopQA", "HotpotQA"])
+def test_the_sentences_of_a_paragraph_are_one_text(between: str):
+    """HotpotQA's begin with the space between them, 2WikiMultihopQA's do not."""
+    row = ROWS["hotpotqa"][0] | {"context": [["Tin", ["Tin is a metal.", f"{between}It is soft.", ""]]]}
+    assert READERS["hotpotqa"].read(row).paragraphs[0].text == "Tin is a metal. It is soft."
+
+
+def test_a_number_is_an_answer_as_a_person_would_write_it(tmp_path: Path):
+    """A column of whole numbers with a gap comes out of pandas as floats."""
+    rows = [{"id": i, "question": "How many?", "answer": a} for i, a in enumerate([3.0, 2.5, 7])]
+    path = write(tmp_path / "a.jsonl", rows)
+    assert [p.answers for p in read_problems(str(path))] == [("3",), ("2.5",), ("7",)]
+    write(path, [{"id": 9, "question": "How many?", "answer": float("nan")}])
+    with pytest.raises(DataError, match=r"row 1: answer must be a text or a number, got nan"):
+        read_problems(str(path))
+    musique = ROWS["musique"][0] | {"answer": 5, "answer_aliases": ["five"]}
+    assert READERS["musique"].read(musique).answers == ("5", "five")
+
+
+def test_a_box_without_braces_holds_one_answer():
+    row = {"problem": "1 + 1?", "solution": r"So we have $\boxed 2$ and are done."}
+    assert READERS["math"].read(row).answers == ("2",)
+
+
+def test_the_first_row_may_be_a_bad_one_too(tmp_path: Path):
+    path = write(tmp_path / "a.jsonl", [{"question": "Who?"}, {"question": "Who?", "answer": "Ann"}])
+    with pytest.raises(DataError, match="row 1: there is no column 'answers'"):
+        read_problems(str(path))
+    assert [p.answers for p in read_problems(str(path), skip_bad_rows=True)] == [("Ann",)]
+    write(path, [{"question": "Who?"}] * 2)
+    with pytest.raises(DataError, match="row 1: there is no column 'answers'"):
+        read_problems(str(path), skip_bad_rows=True)
+
+
+def test_a_solution_is_not_taken_for_an_answer(tmp_path: Path):
+    rows = [{"question": "1 + 1?", "answer": "2"}, {"question": "5 + 5?", "answer": "so 5 + 5 = 10\n#### 10"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=r"row 2: answer must be an answer alone.* Reader 'gsm8k' would fit"):
+        read_problems(str(path))
+
+
+def test_files_that_begin_with_a_mark_of_their_encoding_are_read(tmp_path: Path):
+    for name, text in (("a.tsv", "id\tquestion\tanswer\n7\tWho?\tAnn\n"), ("b.json", json.dumps([ROWS["popqa"][0]]))):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert read_problems(str(tmp_path / name))[0].answers
+    assert read_problems(str(tmp_path / "a.tsv"))[0].id.endswith("/a/7")
+
+
+def test_a_line_of_a_table_with_too_many_columns_is_named(tmp_path: Path):
+    (tmp_path / "a.tsv").write_text("question\tanswer\nWhat is\tx?\ta\n")
+    with pytest.raises(DataError, match=r"a\.tsv, row 1: more columns than the first line names: \['a'\]"):
+        read_problems(str(tmp_path / "a.tsv"))
+
+
 # -- what wrong data says ---------------------------------------------------------------------------------------
 
 
@@ -179,6 +233,17 @@ def test_popqas_own_file_has_tabs_between_its_columns(tmp_path: Path):
             {"answer": None},
             "solution must be a text with a \\boxed{answer}, where there is no answer, got None",
         ),
+        (
+            "hotpotqa",
+            {"context": {"title": ["a", "b"], "sentences": [["c"]]}},
+            "context.sentences must be of 2 paragraphs, as context.title, got [['c']]",
+        ),
+        (
+            "search_r1",
+            {"prompt": [{"role": "user", "content": "Answer the question."}]},
+            "prompt must be instructions with a question behind 'Question:'",
+        ),
+        ("bfcl", {"function": [{"parameters": {}}]}, "function must be objects with a name, got {'parameters': {}}"),
         ("search_r1", {"prompt": "who?"}, "prompt must be a list of messages {role, content}, got 'who?'"),
         ("torl", {"reward_model": {"ground_truth": None}}, "reward_model.ground_truth must be one text or a list of"),
         ("torl", {"reward_model": 3}, "reward_model must be an object, got 3"),

@@ -96,6 +96,13 @@ class Search:
     async def close(self) -> None: ...
 
 
+class LastBox(SearchR1):
+    """As ToRL: what any turn answered counts, whatever the last one says."""
+
+    def answered(self, sampled_turns: Sequence[str]) -> str | None:
+        return next((turn.split()[0] for turn in reversed(sampled_turns) if turn.startswith("c")), None)
+
+
 def player(engine: Script, tool: Search | None = None, limits: Limits = LIMITS) -> Player:
     return Player(
         engine=engine, tokenizer=TOKENIZER, dialect=DIALECT, tools={"search": tool or Search()}, limits=limits
@@ -112,6 +119,19 @@ def play(
     return asyncio.run(
         player(engine, tool, limits).play(problem, temperature=1.0, seed=7, session="s", opening=opening)
     )
+
+
+def test_where_the_last_answer_of_all_turns_counts_an_earlier_one_is_remembered():
+    dialect = LastBox(**vars(DIALECT))
+    for lines, stop, answer in (
+        (["c <search> a </search>", "b"], Stop.ANSWERED, "c"),
+        (["c <search> a </search>", ANSWER], Stop.ANSWERED, "b"),
+        (["c <search> a </search>", CALL, CALL], Stop.MAX_CALLS, "c"),
+        (["a <search> a </search>", "b"], Stop.INVALID, None),
+    ):
+        who = replace(player(Script(*lines)), dialect=dialect)
+        t = asyncio.run(who.play(PROBLEM, temperature=1.0, seed=7, session="s"))
+        assert (t.stop, t.answer) == (stop, answer), lines
 
 
 def actions(t: Trajectory) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -283,6 +284,16 @@ def test_words_are_matched_exactly_and_mathematics_by_meaning() -> None:
     assert tiny(match="math").correct("0.5", problem) == 1.0
     assert tiny(match="words").correct("0.5", problem) == 0.0
     assert tiny().correct("the Elbe!", replace(problem, answers=("Trent", "elbe"))) == 1.0
+
+
+def test_an_answer_that_mathematics_cannot_check_is_named_before_the_run(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"id": 1, "question": "Prove it", "answer": "x" * 301}) + "\n")
+    tiny(test=[str(path)])
+    with pytest.raises(
+        DataError, match=r"problem '.*/long/1': task\.match=math checks answers of at most 300 characters"
+    ):
+        tiny(test=[str(path)], match="math")
 
 
 # -- arithmetic --------------------------------------------------------------------------------------

@@ -40,7 +40,15 @@ def test_a_row_is_a_question_and_what_was_thought_run_and_shown():
     assert trace(row(said="<answer>42</answer>")) == Trace(FOUND.question, (), "", "42")
 
 
-@pytest.mark.parametrize("said", ["So 42.", SAID.replace("<answer>", ""), "<code>print(1)</code> <answer>1</answer>"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "So 42.",
+        SAID.replace("<answer>", ""),
+        "<code>print(1)</code> <answer>1</answer>",
+        f"<code>print(1)</code> Nothing was shown. {SAID}",
+    ],
+)
 def test_a_solution_without_an_answer_or_a_result_is_named_or_left_out(said: str, tmp_path: Path):
     path = write(tmp_path / "traces.jsonl", [row(), row(said=said)])
     with pytest.raises(DataError, match=r"row 2: messages\[1\] must be a solution whose programs have results"):

@@ -47,26 +47,12 @@ class SearchR1:
         return self.instructions.replace("{tools}", listed).replace("{question}", problem.question)
 
     def parse(self, text: str, tools: Mapping[str, Tool]) -> Action:
-        """The first complete call or answer decides; the text after its closing tag is ignored."""
-        open_tag, start = "", 0
-        for tag in TAG.finditer(text):
-            closes, name = bool(tag[1]), tag[2]
-            if name == "think" or (open_tag and name != open_tag):
-                continue
-            if not closes:
-                open_tag, start = name, tag.end()
-            elif not open_tag:
-                return Malformed(f"</{name}> closes a tag that was never opened.")
-            else:
-                body = text[start : tag.start()].strip()
-                if name == "answer":
-                    return Answer(body)
-                if name in tools:
-                    return Call(name, body)
-                return Malformed(f"There is no tool named {name!r}. The tools are: {', '.join(tools) or 'none'}.")
-        if open_tag:
-            return Malformed(f"<{open_tag}> was opened and never closed with </{open_tag}>.")
-        return Nothing()
+        """The first complete call or answer decides, whatever other tags there are; what follows it is ignored."""
+        names = "|".join(map(re.escape, ("answer", *tools)))
+        if found := re.search(rf"<({names})>(.*?)</\1>", text, re.DOTALL):
+            name, body = found[1], found[2].strip()
+            return Answer(body) if name == "answer" else Call(name, body)
+        return amiss(text, tools)
 
     def observation(self, *results: str) -> str:
         return "".join(self.observation_template.replace("{result}", result) for result in results)
@@ -100,3 +86,19 @@ class SearchR1:
 
     def open_answer(self) -> str:
         return "<answer>"
+
+
+def amiss(text: str, tools: Mapping[str, Tool]) -> Malformed | Nothing:
+    """What is wrong with the first tag of a turn without a complete call or answer, if it has one."""
+    open_tag = ""
+    for tag in TAG.finditer(text):
+        closes, name = bool(tag[1]), tag[2]
+        if name == "think" or (open_tag and name != open_tag):
+            continue
+        if not closes:
+            open_tag = name
+        elif not open_tag:
+            return Malformed(f"</{name}> closes a tag that was never opened.")
+        else:
+            return Malformed(f"There is no tool named {name!r}. The tools are: {', '.join(tools) or 'none'}.")
+    return Malformed(f"<{open_tag}> was opened and never closed with </{open_tag}>.") if open_tag else Nothing()

@@ -53,6 +53,10 @@ class ToRL:
         answers = boxed(text)
         return Answer(answers[-1]) if answers else Nothing()
 
+    def answered(self, sampled_turns: Sequence[str]) -> str | None:
+        """ToRL judges the last box of the whole response (math_verifier.py): one before the last program counts."""
+        return next((found[-1] for turn in reversed(sampled_turns) if (found := boxed(turn))), None)
+
     def observation(self, *results: str) -> str:
         return "".join(f"\n{result}\n```\n" for result in results)
 

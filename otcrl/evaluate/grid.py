@@ -98,7 +98,8 @@ def markdown(grid: Grid) -> str:
 
 
 _LATEX = {"\\": r"\textbackslash{}", "▼": r"$\downarrow$", "▲": r"$\uparrow$", "~": r"\textasciitilde{}",
-          "^": r"\textasciicircum{}", **{sign: f"\\{sign}" for sign in "&%$#_{}"}}  # fmt: skip
+          "^": r"\textasciicircum{}", **{sign: f"${sign}$" for sign in "<>|"},
+          **{sign: f"\\{sign}" for sign in "&%$#_{}"}}  # fmt: skip
 
 
 def latex(grid: Grid) -> str:
@@ -131,7 +132,8 @@ def latex(grid: Grid) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub("|".join(map(re.escape, _LATEX)), lambda found: _LATEX[found[0]], text)
+    guard = "{}" if text[:1] in ("[", "*") else ""  # or it would be an argument of the line's end before it
+    return guard + re.sub("|".join(map(re.escape, _LATEX)), lambda found: _LATEX[found[0]], text)
 
 
 def comma_separated(grid: Grid) -> str:

@@ -2,7 +2,7 @@
 
 Three passes over the same questions:
     normal  the agent as it is
-    closed  tools off: the answer's opening is written for it, so it answers from its weights
+    closed  tools off: the answer's opening is written for it; who calls all the same does not know
     forced  a call's opening is written for it, on the questions that it got wrong without calling
 """
 
@@ -74,7 +74,7 @@ def compare_passes(
     `normal` and `closed` hold one trajectory a question, `forced` one a question and tool.
     """
     scored = _by_question(normal)
-    known = {k: _right(t, correct) for k, t in _by_question(closed or ()).items()}
+    known = {k: _right(t, correct) and not t.tool_calls for k, t in _by_question(closed or ()).items()}
     fixed: dict[str, bool] = {}
     for t in forced or ():
         if t.stop is not Stop.VOID:

@@ -79,15 +79,18 @@ def results(found: Runs, baseline: Evaluated | None, intervals: bool) -> Grid:
         blocks = [(n, n) for members in groups.values() for n in members]
         blocks += [(f"{name}, mean", name) for name in dict.fromkeys([*groups, ALL]) if _has_average(found, name)]
         blocks += [(OVERALL, OVERALL)] if len(sources) > 1 else []
+    is_alike = baseline is None or baseline.report.sources.keys() == set(sources)
+    against = {name: baseline if is_alike or name in sources else None for _, name in blocks}  # means: of the same sets
     rows = [
-        [label, *(cell for _, name in blocks for cell in _figures(each, baseline, name, intervals))]
+        [label, *(cell for _, name in blocks for cell in _figures(each, against[name], name, intervals))]
         for label, each in found.items()
     ]
     said = [f"TC counts {counter} calls; TP is right answers / calls. Means give each data set the same weight"]
     said += [] if alike else ["No means: the runs were not evaluated on the same data sets"]
     said += [f"Not in-domain in all of the runs: {', '.join(disputed)}"] if disputed else []
-    said += _sizes(found, sources)
+    said += _sizes(found if baseline is None else {**found, baseline.label: baseline}, sources)
     said += [f"▼ ▲: against {baseline.label}"] if baseline else []
+    said += ["No changes of means: the baseline was evaluated on other data sets"] if not is_alike else []
     return Grid(
         title="Results",
         columns=[("", "run"), *((title, name) for title, _ in blocks for name in FIGURES.values())],

@@ -21,6 +21,7 @@ from otcrl.protocols import (
     Engine,
     Malformed,
     Prepares,
+    Remembers,
     Tokenizer,
     Tool,
     ToolResult,
@@ -143,6 +144,9 @@ class Player:
             self.engine.release(session)
             for tool in self.tools.values():
                 await tool.release(session)
+        if draft.answer is None and isinstance(self.dialect, Remembers):
+            draft.answer = self.dialect.answered(draft.turns)
+            stop = Stop.ANSWERED if draft.answer is not None and stop is Stop.INVALID else stop
         return Trajectory(
             problem=problem,
             token_ids=draft.token_ids,

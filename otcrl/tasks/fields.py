@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 Row = Mapping[str, object]
 KEYS = ("id", "_id", "qid", "question_id", "QuestionId", "unique_id", "ID")  # what published rows are known by
@@ -43,12 +45,23 @@ class Record:
 def texts(value: object, where: str) -> tuple[str, ...]:
     """One text, a number, or a list of at least one of them, as texts."""
     listed = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    found = [str(item) if isinstance(item, int | float) and not isinstance(item, bool) else item for item in listed]
+    found = [written(item, where) if is_number(item) else item for item in listed]
     if len(found) > 2 and found[0] == "[" and all(len(str(text)) == 1 for text in found):  # seen in published files
         raise Wrong(where, "a list of texts, not one that was split into characters", "".join(map(str, found)))
     if not found or not all(isinstance(text, str) and text.strip() for text in found):
         raise Wrong(where, "one text or a list of at least one text", value)
     return tuple(str(text) for text in found)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def written(number: int | float, where: str) -> str:
+    """As a person would write it: a column of whole numbers with a gap in it comes as 5.0, and the gap as nan."""
+    if not math.isfinite(number):
+        raise Wrong(where, "a text or a number", number)
+    return str(int(number)) if number == int(number) else str(number)
 
 
 def record_of(row: Row, question: object, answers: tuple[str, ...], *dropped: str) -> Record:
@@ -127,4 +140,4 @@ def parsed(value: object, where: str) -> object:
 
 
 def unique(values: Iterable[object]) -> list[object]:
-    return list(dict.fromkeys(value for value in values if isinstance(value, str)))
+    return list(dict.fromkeys(value for value in values if isinstance(value, str) or is_number(value)))

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 from otcrl.errors import ConfigError, DataError, nearest
 from otcrl.protocols import Demo, Dialect, Segment, Tool
-from otcrl.rewards.matching import exact_match, math_equal, mentions
+from otcrl.rewards.matching import MAX_MATH_CHARS, exact_match, math_equal, mentions
 from otcrl.tasks.records import check_unique, read_problems, read_rows, shuffled_epochs
 from otcrl.tasks.traces import Trace, demonstrate, read_traces
 from otcrl.types import Problem
@@ -101,7 +101,11 @@ class QuestionAnswering:
 
     def _read(self, sources: Sequence[str], limit: int | None) -> list[Problem]:
         read = (read_problems(s, limit, self.seed, self.skip_bad_rows, self.reader) for s in sources)
-        return [problem for problems in read for problem in problems]
+        found = [problem for problems in read for problem in problems]
+        if self.match == "math":
+            for problem in found:
+                check_gold(problem)
+        return found
 
     # -- demonstrations ------------------------------------------------------------------------------
 
@@ -200,6 +204,15 @@ class QuestionAnswering:
 
     def _thought(self, text: str) -> str:
         return f"<think> {text} </think>\n" if self.thoughts else ""
+
+
+def check_gold(problem: Problem) -> None:
+    """Raises DataError for an answer that `math_equal` cannot check, before a run rather than in its middle."""
+    if long := next((answer for answer in problem.answers if len(answer) > MAX_MATH_CHARS), None):
+        raise DataError(
+            f"problem {problem.id!r}: task.match=math checks answers of at most {MAX_MATH_CHARS} characters, "
+            f"and this one has {len(long)}: {long[:60]!r}..."
+        )
 
 
 def reading_order(problem: Problem, passages: Sequence[Passage]) -> list[Passage]:

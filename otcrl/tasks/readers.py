@@ -8,7 +8,8 @@ the row in it. Where a form has supporting passages, the record has them too.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from otcrl.dialects.torl import boxed
@@ -52,8 +53,10 @@ def plain(row: Row) -> Record:
     column = next((name for name in ANSWERS if row.get(name) is not None), None)
     if column is None:
         raise Wrong("answers", "one text or a list of at least one text", None)
-    # FlashRAG's `metadata` holds whole pages
-    return record_of(row, question, texts(row[column], column), key, "metadata", *ANSWERS)
+    answers = texts(row[column], column)
+    if any("####" in answer for answer in answers):
+        raise Wrong(column, "an answer alone, without the solution before ####", row[column])
+    return record_of(row, question, answers, key, "metadata", *ANSWERS)  # FlashRAG's `metadata` holds whole pages
 
 
 def triviaqa(row: Row) -> Record:
@@ -90,7 +93,9 @@ def hotpotqa(row: Row) -> Record:
     if isinstance(context, Mapping):
         sentences = context.get("sentences", context.get("content"))
         titles, bodies = listing(context.get("title"), "context.title"), listing(sentences, "context.sentences")
-        context = list(zip(titles, bodies, strict=False))
+        if len(titles) != len(bodies):
+            raise Wrong("context.sentences", f"of {len(titles)} paragraphs, as context.title", bodies)
+        context = list(zip(titles, bodies, strict=True))
     gold = {
         str(title) for fact in listing(facts, "supporting_facts") for title in listing(fact, "supporting_facts")[:1]
     }
@@ -99,12 +104,24 @@ def hotpotqa(row: Row) -> Record:
         if len(listing(pair, "context")) != 2:
             raise Wrong("context", "pairs of a title and its sentences", pair)
         title, sentences = listing(pair, "context")
-        text = "".join(str(each) for each in listing(sentences, "context"))
-        paragraphs.append(Paragraph(str(title), text.strip(), str(title) in gold))
+        text = prose([str(each) for each in listing(sentences, "context")])
+        paragraphs.append(Paragraph(str(title), text, str(title) in gold))
     record = record_of(
         row, row["question"], texts(row["answer"], "answer"), "question", "answer", "supporting_facts", "context"
     )
     return replace(record, paragraphs=tuple(paragraphs))
+
+
+def prose(sentences: Sequence[str]) -> str:
+    """One text: HotpotQA's sentences begin with the space between them, and 2WikiMultihopQA's do not.
+
+    >>> prose(["One.", " Two.", "Three."])
+    'One. Two. Three.'
+    """
+    text = ""
+    for each in sentences:
+        text += each if not text or text[-1].isspace() or each[:1].isspace() else f" {each}"
+    return text.strip()
 
 
 def musique(row: Row) -> Record:
@@ -143,9 +160,10 @@ def math(row: Row) -> Record:
     if answer is None:
         solution = row.get("solution", row.get("Solution"))
         found = boxed(solution) if isinstance(solution, str) else []
+        found = found or (re.findall(r"\\boxed\s+([^$]+)", solution) if isinstance(solution, str) else [])  # \boxed 2$
         if not found:
             raise Wrong("solution", r"a text with a \boxed{answer}, where there is no answer", solution)
-        answer = found[-1]
+        answer = found[-1].strip()
     return record_of(row, question, texts(answer, "answer"), key, "answer", "Answer")
 
 
@@ -157,9 +175,10 @@ def search_r1(row: Row) -> Record:
     target = mapping(ground_truth(row), "reward_model.ground_truth")["target"]
     question = row.get("question")
     if question is None:
-        question = message(row, -1).rsplit(SEARCH_R1_MARK, 1)[-1].strip()
-        if not question:
+        _, mark, question = message(row, -1).rpartition(SEARCH_R1_MARK)
+        if not mark or not question.strip():
             raise Wrong("prompt", f"instructions with a question behind {SEARCH_R1_MARK!r}", row["prompt"])
+        question = question.strip()
     return verl_record(row, question, texts(target, "reward_model.ground_truth.target"), "golden_answers", "metadata")
 
 
@@ -228,6 +247,8 @@ JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}  # BFCL's n
 
 
 def _function(function: Mapping[str, object]) -> dict[str, object]:
+    if not isinstance(function.get("name"), str):
+        raise Wrong("function", "objects with a name", function)
     return {name: _schema(value) if name == "parameters" else value for name, value in function.items()}
 
 

@@ -77,12 +77,12 @@ def records(
             chosen = chosen or choose(reader, row)
             record = chosen.read(row)
         except (Wrong, KeyError, DataError) as error:
-            if chosen is None:
-                raise DataError(f"{where}: {error}") from error
             why = f"there is no column {error}" if isinstance(error, KeyError) else str(error)
-            why += f". Reader {others[0]!r} would fit" if (others := fitting(row)) else ""
+            if chosen is not None and (others := fitting(row)):
+                why += f". Reader {others[0]!r} would fit"
             if not skip_bad_rows:
-                raise DataError(f"{where}: {why} (skip_bad_rows=true goes on without such rows)") from error
+                hint = "" if chosen is None else " (skip_bad_rows=true goes on without such rows)"
+                raise DataError(f"{where}: {why}{hint}") from error
             bad.append(f"{where}: {why}")
             continue
         same = (record.source, record.key, record.question, record.answers)
@@ -91,6 +91,8 @@ def records(
             continue
         seen |= {same} if chosen.repeats else set()
         yield position, where, row, record
+    if bad and chosen is None:
+        raise DataError(bad[0])
     if bad:
         log.warning("%s: %d of %d rows left out, the first: %s", source, len(bad), num_rows, bad[0])
     if repeated:
@@ -204,12 +206,12 @@ def _names_beside(path: Path) -> str:
 def _json_list(path: Path) -> Iterator[object]:
     """A list, `{"Data": [...]}` as in TriviaQA, or JSON lines by the wrong name as in BFCL."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.lineno > 1:
             return (row for _, row in read_json_lines(path))
         raise DataError(f"{path}: expected a JSON list of objects, but {error}") from error
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: expected a JSON list of objects, but {error}") from error
     rows = rows.get("Data", rows) if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
@@ -231,8 +233,11 @@ def _with_possible_answers(rows: Iterator[object], path: Path) -> Iterator[objec
 
 def _tsv_rows(path: Path) -> Iterator[object]:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            yield from csv.DictReader(file, delimiter="\t", restkey="too many columns")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.DictReader(file, delimiter="\t"), start=1):
+                if None in row:
+                    raise DataError(f"{path}, row {number}: more columns than the first line names: {row[None]}")
+                yield row
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not readable as columns with tabs between them: {error}") from error
 

@@ -66,6 +66,8 @@ def trace(row: Row) -> Trace:
     question = QUESTION.match(asked)
     steps, end = list[Step](), 0
     for found in STEP.finditer(said):
+        if "code>" in found[2]:  # over the end of a program without a result, to the next that has one
+            break
         steps.append(Step(found[1].strip(), unfenced(found[2]), found[3].strip()))
         end = found.end()
     rest = said[end:]
