@@ -42,7 +42,7 @@ from otcrl.preflight import (
 )
 from otcrl.presets import conf_dir
 from otcrl.protocols import Algorithm, Dialect, Engine, Task, Tool
-from otcrl.resume import Start, earlier_steps, find_start, identities, unwritable
+from otcrl.resume import Start, alone, earlier_steps, find_start, identities, is_done, unwritable
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Limits, Player
 from otcrl.rollout.schedule import Rollouts, Schedule
@@ -51,6 +51,7 @@ from otcrl.rollout.transcripts import Transcripts
 from otcrl.saver import Saver
 from otcrl.secrets import public
 from otcrl.sft import Sft
+from otcrl.tell import tell
 from otcrl.termination import Termination
 from otcrl.tools.retrieval.corpus import Passage
 from otcrl.train import Loop, Run
@@ -66,7 +67,15 @@ Config = Mapping[str, Any]  # plain nested values, as `compose` hands them on
 def run_train(cfg: Config) -> None:
     """`otcrl train`: cold start if the config has one, evaluation, training, evaluation, summary."""
     start_process(cfg)
-    start = find_start(cfg)
+    with alone(cfg):
+        if is_done(cfg):
+            tell(f"the run in {cfg['run_dir']} is finished, and it was restarted after its end: nothing is left to do")
+        else:
+            train_in(cfg, find_start(cfg))
+    dist.stop()
+
+
+def train_in(cfg: Config, start: Start) -> None:
     config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
     world = build_world(cfg, trains=True)
     check_evaluation(config, world.task, world.dialect)
@@ -86,7 +95,6 @@ def run_train(cfg: Config) -> None:
             run.thread.close()
             run.saver.close()
             run.logger.close()
-    dist.stop()
 
 
 def start_process(cfg: Config) -> None:
@@ -128,10 +136,11 @@ def run_sft(cfg: Config) -> None:
     plain = {"reference": None, "critic": None, "steps": 0, "seed": cfg["seed"], "temperature": 1.0}
     learner = construct_as(Learner, cfg["learner"], "learner", policy=world.model, **plain)
     folder = Path(cfg["run_dir"])
-    with Start(folder=folder).prepared(cfg):
-        pass
-    with Bars(quiet=not dist.is_first()) as bars:
-        cold_start(learner, world.tokenizer, world.task, world.dialect, world.sft, folder, bars, name="model")
+    with alone(cfg):
+        with Start(folder=folder).prepared(cfg):
+            pass
+        with Bars(quiet=not dist.is_first()) as bars:
+            cold_start(learner, world.tokenizer, world.task, world.dialect, world.sft, folder, bars, name="model")
     asyncio.run(close(world.tools))
     dist.stop()
 

@@ -179,7 +179,8 @@ def in_memory(path: Path, model: PreTrainedModel, names: Container[str]) -> Iter
 
 def complete(folder: Path) -> list[Path]:
     """Checkpoints, oldest first; none of them has been looked into."""
-    return sorted(folder.glob("step-*"))
+    named = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
+    return sorted((path for path in named if path.is_dir()), key=step_of)  # somebody's step-000010.bak is none
 
 
 def step_of(path: Path) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from otcrl.resume import check_tools
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.transcripts import Transcript, Transcripts
 from otcrl.sft import Sft, train_sft
+from otcrl.tell import tell
 from otcrl.termination import Terminated
 from otcrl.train import Bars, Run, publish, train
 from otcrl.types import COUNTERS, Metrics, Problem, Trajectory
@@ -96,13 +96,14 @@ async def run_experiment(experiment: Experiment) -> None:
         await whole_experiment(experiment)
     except Terminated:
         if dist.is_first():
-            print(f"otcrl: {run.folder} is saved, and the same command goes on with it", file=sys.stderr, flush=True)
+            tell(f"{run.folder} is saved, and the same command goes on with it")
 
 
 async def whole_experiment(experiment: Experiment) -> None:
     run, config, unless_terminated = experiment.run, experiment.evaluate, experiment.run.termination.unless
     if experiment.resumed is not None:
         await check_tools(experiment.resumed, run.collector.player.tools, experiment.may_change)
+    await unless_terminated(start_tools(run.collector))
     await publish(run, experiment.first_step, probes(run))
     begun = time.monotonic()
     before = await unless_terminated(report_before(experiment)) if config.before else None
@@ -126,10 +127,17 @@ async def whole_experiment(experiment: Experiment) -> None:
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
     if dist.is_first():
-        sealed.write_whole(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         show(after, before)
-    if lost:
+    if lost:  # without a summary the same command makes up for it
         raise TrainingError(f"the run is finished, but not everything is on disk: {lost}")
+    if dist.is_first():
+        sealed.write_whole(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+async def start_tools(collector: Collector) -> None:
+    """An index opened, an interpreter warmed: it takes as long as it takes, and on no trajectory's account."""
+    starts = [getattr(tool, "start", None) for tool in collector.player.tools.values()]
+    await asyncio.gather(*(start() for start in starts if start is not None))
 
 
 def save_final(run: Run) -> str:
@@ -138,7 +146,7 @@ def save_final(run: Run) -> str:
         checkpoint.save_model(run.folder / "model", run.learner, run.tokenizer.hf)
     except OSError as error:
         lost = f"{run.folder / 'model'} could not be written: {error.strerror or error}"
-        print(f"otcrl: FAILED: {lost}", file=sys.stderr, flush=True)
+        tell(f"FAILED: {lost}")
         return lost
     return ""
 
@@ -178,6 +186,7 @@ async def report_before(experiment: Experiment) -> Report:
 async def evaluate(collector: Collector, task: Task, config: Evaluate, folder: Path, bars: Bars, settings: str) -> None:
     """`otcrl eval`: the greedy report and, when asked for, the sampled one; `settings` are left beside each."""
     console = get_console()
+    await start_tools(collector)
     modes = {"greedy": 0.0, "sampled": collector.temperature} if config.sampled else {"greedy": 0.0}
     for name, temperature in modes.items():
         found = await measure(collector, task, config, folder / name, bars, temperature)

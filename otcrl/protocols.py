@@ -252,7 +252,8 @@ class Tool(Protocol):
     takes more than a text has `parameters` instead, the JSON schema of an object; `run` gets that object as JSON.
 
     It may also have `is_local`, True where answers come from this machine within moments, so that an engine may wait
-    for them (otcrl/rollout/pace.py), and `identity`, the text that names what it answers from: a checkpoint keeps it.
+    for them (otcrl/rollout/pace.py), `identity`, the text that names what it answers from: a checkpoint keeps it, and
+    an async `start`, awaited before the first call where that would wait for more than itself, such as an index.
     """
 
     @property

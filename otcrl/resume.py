@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -22,6 +25,7 @@ from otcrl.compose import load, to_yaml
 from otcrl.errors import ConfigError, DataError, OtcrlError
 from otcrl.loggers.jsonl import drop_from, whole_lines
 from otcrl.settings import leaves
+from otcrl.tell import tell
 
 T = TypeVar("T")
 Config = Mapping[str, Any]
@@ -64,7 +68,7 @@ class Start:
                     old.rename(self.folder)
             raise
         if old is not None and dist.is_first():
-            print(f"otcrl: {self.folder} held an earlier run, now {old}")
+            tell(f"{self.folder} held an earlier run, now {old}", sys.stdout)
 
     def _prepare(self, cfg: Config) -> Path | None:
         if not self.goes_on:
@@ -74,6 +78,50 @@ class Start:
         sealed.clear(self.folder / "checkpoints")
         keep_config(self.folder, cfg, self.step)
         return None
+
+
+@contextmanager
+def alone(cfg: Config) -> Iterator[None]:
+    """Nobody else takes up the run meanwhile. All ranks. Raises ConfigError naming who has it."""
+    folder = Path(cfg["run_dir"] if cfg["resume"] in KEYWORDS else cfg["resume"])
+    with ExitStack() as held:
+        decided_by_first(lambda: held.enter_context(locked(folder)), "the run's directory")
+        yield
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A lock beside the directory, which may be renamed; the kernel frees it however this process ends."""
+    path = folder.absolute().with_name(f".{folder.absolute().name}.lock")
+    with unwritable(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, no child that outlives us has it
+        except (BlockingIOError, PermissionError) as error:  # either, says POSIX
+            file.seek(0)
+            raise ConfigError(f"run_dir: {folder} is being written by {file.read().strip() or 'another run'}: wait for "
+                              "it, end it, or choose another run_dir") from error  # fmt: skip
+        except OSError as error:  # a file system without locks
+            tell(f"{folder} cannot be locked ({error.strerror}): see to it that no other run writes there")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def is_done(cfg: Config) -> bool:
+    """Whether torchrun has restarted a run that is finished: something failed after its end. All ranks."""
+
+    def decide() -> bool:
+        is_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        return is_again and cfg["resume"] == "auto" and is_finished(Path(cfg["run_dir"]))
+
+    return decided_by_first(decide, "whether the run is finished")
 
 
 def find_start(cfg: Config) -> Start:
@@ -107,6 +155,9 @@ def decide(cfg: Config) -> Start:
     changed = changes(load(folder / "config.yaml"), cfg)
     saved = checkpoint.complete(folder / "checkpoints")
     cold = folder / "sft" if (folder / "sft" / sealed.MANIFEST).is_file() else None
+    if not saved and (corrupt := sorted((folder / "checkpoints").glob("corrupt-step-*"))):
+        raise ConfigError(f"the checkpoints of {folder} are corrupt, {corrupt[-1].name} the last: mend one and give "
+                          "it its name back, or begin anew, resume=never")  # fmt: skip
     if not saved and not cold:
         has_model = (folder / "model").is_dir()  # of `otcrl sft`: it would be written over
         if mode == "auto" and (changed or has_model):
@@ -191,10 +242,6 @@ def tell_differences(found: Checkpoint) -> None:
 
 def shown(value: object) -> str:
     return "(not there)" if value is MISSING else repr(value)
-
-
-def tell(text: str) -> None:
-    print(f"otcrl: {text}", file=sys.stderr, flush=True)
 
 
 # -- the run directory ------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from otcrl import checkpoint, dist, sealed
 from otcrl.checkpoint import Standing
+from otcrl.tell import tell
 from otcrl.types import Metrics
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class Saver:
         shutil.rmtree(temporary, ignore_errors=True)
         left = checkpoint.complete(self._folder)
         holds = f"{left[-1].name} still holds" if left else "there is none yet"
-        print(f"otcrl: FAILED: {self.lost}. Training goes on; {holds}", file=sys.stderr, flush=True)
+        tell(f"FAILED: {self.lost}. Training goes on; {holds}")
 
 
 def leave_note(note: Path, why: str) -> None:
@@ -191,7 +191,7 @@ def leave_note(note: Path, why: str) -> None:
     try:
         sealed.write_whole(note, json.dumps({"failed": why}))
     except OSError as error:
-        print(f"otcrl: a part of a checkpoint could not be written: {why}, {error}", file=sys.stderr, flush=True)
+        tell(f"a part of a checkpoint could not be written: {why}, {error}")
 
 
 class Best:

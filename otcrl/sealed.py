@@ -72,12 +72,17 @@ def seal(folder: Path, about: Mapping[str, Any], known: Mapping[str, str] | None
 
 
 def check(folder: Path) -> dict[str, Any]:
-    """The manifest of a sealed directory, whose files are as they were written. Raises Corrupt, naming what is not."""
+    """The manifest of a sealed directory, whose files are as they were written. Raises Corrupt, naming what is not.
+
+    Raises DataError where the file system fails: that says nothing about what was written, and may pass.
+    """
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         own, listed = content.pop("sha256"), content["files"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Corrupt(f"{folder / MANIFEST} cannot be read: {error!r}") from error
+    except OSError as error:
+        raise DataError(f"{folder / MANIFEST} cannot be read: {error.strerror}") from error
     if own != own_digest(content):
         raise Corrupt(f"{folder / MANIFEST} has sha256 {own_digest(content)}, and it says {own}")
     for name, expected in listed.items():
@@ -87,8 +92,10 @@ def check(folder: Path) -> dict[str, Any]:
             if size != expected["bytes"]:
                 raise Corrupt(f"{path} has {size} bytes, and {expected['bytes']} were written")
             found = digest(path)
+        except FileNotFoundError as error:
+            raise Corrupt(f"{path} is gone") from error
         except OSError as error:
-            raise Corrupt(f"{path} cannot be read: {error.strerror}") from error
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
         if found != expected["sha256"]:
             raise Corrupt(f"{path} has sha256 {found}, and what was written had {expected['sha256']}")
     return content

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from otcrl import dist
+from otcrl.tell import tell
 
 T = TypeVar("T")
 
@@ -35,8 +35,7 @@ class Termination:
         asyncio.get_running_loop().remove_signal_handler(signal.SIGTERM)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # to the very end: Python undoes handlers of its own before that
         if dist.is_first():
-            said = "otcrl: SIGTERM: the run is saved and ends; Ctrl-C or kill -9 ends it at once"
-            print(said, file=sys.stderr, flush=True)
+            tell("SIGTERM: the run is saved and ends; Ctrl-C or kill -9 ends it at once")
 
     def check(self) -> None:
         """Raises Terminated, on all ranks or none."""

@@ -5,6 +5,7 @@ Read `train_step` first: it is the whole method, one line per arrow of the data 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from otcrl.rollout.scoring import check_void, has_signal, score
 from otcrl.rollout.stream import joined
 from otcrl.rollout.transcripts import Signal, Transcript, Transcripts, signals
 from otcrl.saver import Saver
+from otcrl.tell import tell
 from otcrl.termination import Terminated, Termination
 from otcrl.types import (
     COUNTERS,
@@ -150,7 +152,7 @@ def checked_health(
     found, warnings = run.health(metrics)
     if dist.is_first():
         for warning in warnings:
-            print(f"otcrl: step {step}: {warning}")
+            tell(f"step {step}: {warning}", sys.stdout)
         if found["health/grad_spike"]:
             advantages = targets.advantages.abs().amax(1) * targets.advantages.sum(1).sign()
             write_culprits(run.folder / "spikes.jsonl", step, learned, run.learner.pull_B.tolist(), advantages.tolist())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
@@ -153,7 +154,7 @@ def flip(file: Path) -> None:
 DAMAGE = {
     "truncated weights": (cut_short, "model/model.safetensors", r"has \d+ bytes, and \d+ were written"),
     "a flipped bit": (flip, "state-00000.safetensors", "has sha256 [0-9a-f]{64}, and what was written had [0-9a-f]"),
-    "a file that is gone": (Path.unlink, "run.json", "cannot be read: No such file"),
+    "a file that is gone": (Path.unlink, "run.json", "is gone"),
     "a truncated manifest": (cut_short, "manifest.json", "cannot be read"),
     "a changed manifest": (
         lambda file: file.write_text(file.read_text().replace('"step": 2', '"step": 1')), "manifest.json", "it says"
@@ -216,6 +217,26 @@ def test_when_none_is_whole_nothing_is_begun_over_unasked(pair, tmp_path):
         flip(folder / f"step-00000{step}" / "run.json")
     with pytest.raises(DataError, match="held 2 checkpoints, and all of them are corrupt: begin anew, resume=never"):
         newest(folder, lambda line: None)
+
+
+def test_a_file_system_that_fails_says_nothing_about_what_was_written(pair, tmp_path, monkeypatch):
+    """A stale handle passes: were the checkpoints taken for corrupt, the next start would find none."""
+    folder = pair(tmp_path / "checkpoints")
+
+    def stale(path: Path) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(sealed, "digest", stale)
+    with pytest.raises(DataError, match=r"step-000002/.* cannot be read: Stale file handle"):
+        newest(folder, pytest.fail)
+    assert names(folder) == ["step-000001", "step-000002"]
+
+
+def test_checkpoints_are_told_by_their_names_and_in_their_order(tmp_path):
+    for name in ("step-999999", "step-1000000", "step-000010.bak", "step-x", "corrupt-step-000001"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-000011").touch()
+    assert [path.name for path in checkpoint.complete(tmp_path)] == ["step-999999", "step-1000000"]
 
 
 def test_what_a_kill_left_half_written_is_no_checkpoint_and_is_cleared(pair, tmp_path):

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from otcrl.loggers.progress import Bars
 from otcrl.loggers.prometheus import PrometheusLogger, exposed
 from otcrl.loggers.tensorboard import TensorBoardLogger
 from otcrl.loggers.wandb import WandbLogger, run_id
+from otcrl.tell import tell
 from otcrl.types import Metrics
 from tests.test_bad_input import ATLAS, ROOT
 
@@ -121,6 +123,16 @@ def test_every_thins_steps_but_not_evaluations():
 def test_every_must_be_a_step_or_more():
     with pytest.raises(ValueError, match="every must be at least 1 step, got 0"):
         ConsoleLogger(every=0, panel=True)
+
+
+def test_a_full_disk_under_the_terminals_file_ends_nothing(monkeypatch: pytest.MonkeyPatch):
+    """`nohup otcrl train ... > run.log`, or Slurm's --output, on the disk that is full."""
+    full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w", buffering=1)
+    monkeypatch.setattr(sys, "stderr", full)
+    tell("FAILED: there is no room")
+    ConsoleLogger(every=1, panel=True, console=Console(file=full)).log(STEP, 0)
+    with suppress(OSError):
+        full.close()
 
 
 def test_a_line_is_on_disk_before_the_next_step(tmp_path: Path):

@@ -1,6 +1,9 @@
 """What the policy reads after a program, and whose fault a failure is."""
 
 import asyncio
+import os
+import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -8,8 +11,10 @@ import pytest
 from otcrl.errors import ConfigError, ToolUnavailable
 from otcrl.protocols import ToolResult
 from otcrl.tools.python import NOTHING_PRINTED, RESTARTED, PythonTool, shorten, strip_fences
+from otcrl.tools.sandbox.execution import Program
+from otcrl.tools.sandbox.pool import Pool
 from otcrl.types import Outcome
-from tests.test_sandbox import has_bubblewrap
+from tests.test_sandbox import has_bubblewrap, sandboxes
 from tests.test_sandbox_server import serving
 
 needs_bubblewrap = pytest.mark.skipif(not has_bubblewrap(), reason="bubblewrap cannot make namespaces here")
@@ -141,6 +146,78 @@ def test_a_session_that_died_says_so():
         return shown
 
     assert asyncio.run(main())[1:] == ["The program ended with exit code 3.", RESTARTED + "1"]
+
+
+@needs_bubblewrap
+def test_a_cancelled_call_leaves_nothing_to_the_trajectory_that_is_played_again():
+    """The names of trajectories are the same in a replay: that is how their seeds are."""
+    notebook = PythonTool(workers=1, sessions=True, timeout_s=3)
+
+    async def main() -> tuple[str, str]:
+        await notebook.start()
+        shown = []
+        for name in ("a", "b"):  # its first call is under way, or has not begun
+            busy = asyncio.create_task(notebook.run("import time\ntime.sleep(0.6)", "c")) if name == "b" else None
+            await asyncio.sleep(0.1)
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await notebook.run("secret = 1\nimport time\ntime.sleep(0.5)", name)
+            await notebook.release(name)
+            if busy is not None:
+                await busy
+            shown.append((await notebook.run("print(secret)", name)).text)
+        await notebook.close()
+        return shown[0], shown[1]
+
+    for text in asyncio.run(main()):
+        assert "NameError: name 'secret' is not defined" in text
+        assert RESTARTED not in text
+
+
+@needs_bubblewrap
+def test_an_interpreter_that_falls_silent_is_replaced_and_no_program_blamed(monkeypatch: pytest.MonkeyPatch):
+    """As when the machine swaps or is frozen; its late reply must not be taken for that of the next call."""
+    monkeypatch.setattr("otcrl.tools.sandbox.pool.GRACE_S", 1.0)
+    before = sandboxes()
+
+    async def main() -> list[str]:
+        pool = Pool(1, ["math"], "bubblewrap")
+        await pool.start()
+        limits = {"timeout_s": 1.0, "memory_mb": 64, "max_bytes": 2000}
+        await pool.run(Program(code="x = 1", session="a", **limits))  # type: ignore[arg-type]
+        frozen = sandboxes() - before
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        await pool.end("a")
+        for pid in frozen & sandboxes():
+            os.kill(pid, signal.SIGCONT)
+        shown = [(await pool.run(Program(code=f"print({i})", **limits))).stdout for i in range(3)]  # type: ignore[arg-type]
+        for pid in sandboxes() - before:
+            os.kill(pid, signal.SIGSTOP)
+        again = await pool.run(Program(code="print(3)", **limits))  # type: ignore[arg-type]
+        await pool.close()
+        return [*shown, again.stdout]
+
+    assert asyncio.run(main()) == ["0\n", "1\n", "2\n", "3\n"]
+
+
+@needs_bubblewrap
+def test_a_server_does_not_begin_what_nobody_waits_for():
+    with serving(workers=1) as url:
+        remote = PythonTool(urls=[url], timeout_s=3)
+
+        async def main() -> float:
+            slow = [asyncio.create_task(remote.run("import time\ntime.sleep(1)", f"t{i}")) for i in range(8)]
+            await asyncio.sleep(0.5)
+            for call in slow:
+                call.cancel()
+            await asyncio.gather(*slow, return_exceptions=True)
+            begun = time.monotonic()
+            assert (await remote.run("print(1)")).text == "1"
+            await remote.close()
+            return time.monotonic() - begun
+
+        assert asyncio.run(main()) < 5  # not the eight seconds of those who hung up
 
 
 @needs_bubblewrap

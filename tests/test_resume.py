@@ -23,6 +23,7 @@ from torch import Tensor
 from otcrl import checkpoint, cli, sealed
 from otcrl.compose import load
 from otcrl.resume import FREE, changes
+from otcrl.tools.search import SearchTool
 from tests.test_bad_input import ATLAS, ROOT, checkpoints, descendants, refusal, steps
 
 LONG = pytest.mark.skipif("OTCRL_LONG" not in os.environ, reason="minutes on two cores: OTCRL_LONG=1")
@@ -89,6 +90,20 @@ def stopped(finished: Path, tmp_path: Path) -> Path:
 
 
 SAME = ("loop.steps=3", "loop.keep_checkpoints=9", "loop.transcripts_every=1")
+
+
+def test_every_tool_is_ready_before_the_first_call(tmp_path, monkeypatch):
+    """A call's time limit is for the call, not for an index that is opened or built first."""
+    started, real = [], SearchTool.start
+
+    async def start(self: SearchTool) -> None:
+        started.append(self.name)
+        await real(self)
+
+    monkeypatch.setattr(SearchTool, "start", start)
+    assert train(tmp_path / "run", "loop.steps=1") == 0
+    assert started[:1] == ["search"]
+
 
 # -- which run goes on ----------------------------------------------------------------------------------
 
@@ -249,6 +264,32 @@ def test_other_libraries_are_said(stopped, capsys):
     assert "threads" not in line
 
 
+def test_two_runs_in_one_directory_are_one_too_many(stopped, capsys):
+    code = "import sys, time; from pathlib import Path; from otcrl.resume import locked\n"
+    code += f"with locked(Path({str(stopped)!r})): print(1, flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"1\n"
+    before = sorted(stopped.rglob("*"))
+    for words in ([f"run_dir={stopped}", *SAME], [f"run_dir={stopped}", "resume=never"], [f"resume={stopped}"]):
+        why = refusal(capsys, "train", *([] if words[0].startswith("resume") else SMALL), *words)
+        assert f"run_dir: {stopped} is being written by process {other.pid} on " in why
+    assert sorted(stopped.rglob("*")) == before
+    other.kill()
+    other.wait()
+    assert train(stopped, *SAME) == 0  # the lock went with the process
+    assert not list(stopped.parent.glob(".*.lock"))
+
+
+def test_a_finished_run_that_torchrun_restarts_has_nothing_left_to_do(finished, tmp_path, monkeypatch, capsys):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(folder, *SAME) == 0
+    (line,) = said(capsys)
+    assert line == f"the run in {folder} is finished, and it was restarted after its end: nothing is left to do"
+    assert not (tmp_path / "run.1").exists()
+
+
 # -- damage -----------------------------------------------------------------------------------------------
 
 
@@ -262,6 +303,19 @@ def test_a_corrupt_checkpoint_costs_its_steps_and_nothing_else(stopped, finished
     assert "corrupt-step-000002" in checkpoints(stopped)
     assert results(stopped) == results(finished)
     assert transcripts(stopped) == transcripts(finished)
+
+
+def test_when_all_checkpoints_are_corrupt_no_restart_begins_anew(stopped, capsys):
+    """Supervisors restart what fails: the second start must not take the run for one without checkpoints."""
+    for path in (stopped / "checkpoints").glob("step-*"):
+        (path / "run.json").write_text("{}")
+    assert train(stopped, *SAME) == 2
+    assert "all of them are corrupt" in said(capsys)[-1]
+    metrics = (stopped / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        why = refusal(capsys, "train", *SMALL, f"run_dir={stopped}", *SAME)
+        assert f"the checkpoints of {stopped} are corrupt, corrupt-step-000002 the last" in why
+    assert (stopped / "metrics.jsonl").read_bytes() == metrics
 
 
 def test_a_corrupt_cold_start_is_not_taken_for_the_reference(stopped, capsys):
@@ -460,9 +514,12 @@ def test_what_could_not_be_written_in_the_end_is_an_error_after_everything_else_
     assert any(line.startswith("FAILED: checkpoint step-000002 could not be written: No space left") for line in shown)
     assert "Training goes on; step-000001 still holds" in "".join(shown)
     assert shown[-1].startswith("error: the run is finished, but not everything is on disk: ")
-    assert (tmp_path / "run/summary.json").is_file()
     assert checkpoints(tmp_path / "run") == ["step-000001"]
     assert lines(tmp_path / "run/metrics.jsonl")[-1]["checkpoint/failed"] == 1
+    assert not (tmp_path / "run/summary.json").exists()
+    assert train(tmp_path / "run") == 0  # once there is room the same command makes up for it
+    assert (tmp_path / "run/model/model.safetensors").is_file()
+    assert not (tmp_path / "run.1").exists()
 
 
 def can_mount() -> bool:

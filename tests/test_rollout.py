@@ -96,6 +96,13 @@ class Search:
     async def close(self) -> None: ...
 
 
+def test_half_a_surrogate_pair_in_a_result_ends_no_run():
+    """Corpora hold texts that were cut in the middle of an emoji."""
+    t = play(Script(CALL, ANSWER), Search(result="b \ud83d"))
+    assert t.tool_calls[0].result == "b ?"
+    assert t.stop is Stop.ANSWERED
+
+
 class LastBox(SearchR1):
     """As ToRL: what any turn answered counts, whatever the last one says."""
 

@@ -8,6 +8,7 @@ and reads its own share of the rows; what was read is added up.
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -33,6 +34,7 @@ from otcrl.models.published import Layers, is_split, plain, published
 from otcrl.models.reader import Packing, Reader
 from otcrl.models.token_logprobs import Entropy
 from otcrl.protocols import Algorithm
+from otcrl.tell import tell
 from otcrl.types import Batch, Forward, Metrics, Rows, Scores, Targets, rows
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ class Learner:
         self.backends = {"policy": policy}
         self.reader = reader = policy.inside(Reader.of, self.policy, self.packing)
         if reader.why_padded and dist.is_first():
-            print(f"otcrl: learner.packing={self.packing} is padded for this model: {reader.why_padded}")
+            tell(f"learner.packing={self.packing} is padded for this model: {reader.why_padded}", sys.stdout)
         self._reference: Any = None
         if self.reference is self.policy:
             self._reference = Unadapted(policy)
@@ -228,7 +230,7 @@ class Learner:
         if self._skipped > self.max_skipped:
             raise TrainingError(f"{why} {self._skipped} in a row; learner.max_skipped={self.max_skipped}")
         if dist.is_first():
-            print(f"otcrl: {why} Skipped, {self._skipped} in a row of at most {self.max_skipped}")
+            tell(f"{why} Skipped, {self._skipped} in a row of at most {self.max_skipped}", sys.stdout)
         return False
 
     def _accumulate(

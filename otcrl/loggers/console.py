@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from rich import get_console
 from rich.console import Console, Group
@@ -87,7 +88,9 @@ class ConsoleLogger:
         return Group("", title, curves(self._rows), averages(self._rows))
 
     def _print(self, step: int, cells: list[str]) -> None:
-        if cells:
+        if not cells:
+            return
+        with suppress(OSError):  # the disk that it goes to is full
             self._console.print(f"[bold]step {step:>5}[/]  {'  '.join(cells)}", highlight=False, soft_wrap=True)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 
+from otcrl.tell import tell
 from otcrl.types import Metrics
 
 
@@ -66,7 +66,7 @@ def append(file: FileIO, data: bytes) -> None:
 
 
 def say_unwritten(path: Path, error: OSError, so: str) -> None:
-    print(f"otcrl: FAILED: {path} could not be written: {error.strerror}; {so}", file=sys.stderr, flush=True)
+    tell(f"FAILED: {path} could not be written: {error.strerror}; {so}")
 
 
 def drop_from(path: Path, step: int | None) -> None:

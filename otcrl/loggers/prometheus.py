@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 
 from otcrl.errors import ConfigError
+from otcrl.tell import tell
 from otcrl.types import Metrics
 
 
@@ -34,7 +34,7 @@ class PrometheusLogger:
         ProcessCollector(registry=self._registry)  # its memory, CPU seconds and open files
         self._set("otcrl_steps", "training steps that the run is to make", steps)
         self.port: int = self._server.server_port
-        print(f"otcrl: metrics for Prometheus at http://{host}:{self.port}/metrics", file=sys.stderr, flush=True)
+        tell(f"metrics for Prometheus at http://{host}:{self.port}/metrics")
 
     def log(self, metrics: Metrics, step: int) -> None:
         for metric, value in metrics.items():

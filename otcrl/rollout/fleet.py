@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from otcrl.errors import ConfigError, EngineError
+from otcrl.tell import tell
 from otcrl.tools.remote import ServerBusy, ServerLost, Servers
 
 if TYPE_CHECKING:
@@ -136,14 +138,14 @@ class Fleet:
     def eject(self, server: Server, why: str) -> None:
         """Nothing is asked of it until it is admitted; who waits for its answer hears that it is lost."""
         if server.version is not None or not server.why:
-            print(f"otcrl: {server.url} is out: {why}")
+            tell(f"{server.url} is out: {why}", sys.stdout)
         server.version, server.is_up, server.why = None, False, why
         for asking in server.asked:
             asking.cancel()
 
     def admit(self, server: Server, version: int) -> None:
         if server.why:
-            print(f"otcrl: {server.url} is in again, with version {version}")
+            tell(f"{server.url} is in again, with version {version}", sys.stdout)
         server.version, server.is_up, server.why = version, True, ""
 
     async def close(self) -> None:

@@ -294,6 +294,5 @@ async def run_call(tool: Tool, arguments: str, session: str, timeout_s: float) -
         result = ToolResult(str(error), Outcome.INFRA_ERROR)
     except TimeoutError:
         result = ToolResult(f"{tool.name} did not answer within {timeout_s} s", Outcome.INFRA_ERROR)
-    return ToolCall(
-        tool.name, arguments, result.text, result.outcome, time.monotonic() - begun, result.price, result.cached
-    )
+    text = result.text.encode(errors="replace").decode()  # half a surrogate pair is no text that has tokens
+    return ToolCall(tool.name, arguments, text, result.outcome, time.monotonic() - begun, result.price, result.cached)

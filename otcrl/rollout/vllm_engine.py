@@ -17,6 +17,7 @@ import asyncio
 import gc
 import itertools
 import multiprocessing
+import sys
 import tempfile
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
@@ -40,6 +41,7 @@ from otcrl.rollout.vllm_launch import (
     devices_of_rank,
     save_description,
 )
+from otcrl.tell import tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -312,7 +314,7 @@ class VLLMEngine:
                 f"vLLM died {self.deaths} times in this run, more than engine.max_deaths={self.max_deaths}. Last: {why}"
             )
             raise EngineError(self._gate.broken) from error
-        print(f"otcrl: vLLM died ({why}); starting it again, death {self.deaths} of at most {self.max_deaths}")
+        tell(f"vLLM died ({why}); starting it again, death {self.deaths} of at most {self.max_deaths}", sys.stdout)
         self._llm = None
         await asyncio.to_thread(dead.shutdown)
         await self._start()

@@ -94,6 +94,9 @@ class PythonTool:
         if (known := self._cache.get(code)) is not None:
             self._cache.move_to_end(code)
             return known
+        is_known = session in self._running
+        if self.sessions and session:
+            self._running.add(session)  # before the call: one that is cancelled leaves a session too
         execution = await self._pool.run(
             Program(
                 code=code,
@@ -104,9 +107,8 @@ class PythonTool:
             )
         )
         text = shorten(self._text(execution), self.max_output_chars, execution.dropped)
-        if self.sessions and session:
-            text = RESTARTED + text if execution.fresh and session in self._running else text
-            self._running.add(session)
+        if self.sessions and execution.fresh and is_known:
+            text = RESTARTED + text
         outcome = Outcome.OK if execution.state is State.OK else Outcome.MODEL_ERROR
         if self.cache_size and execution.state in (State.OK, State.ERROR):  # the others depend on the machine's load
             self._cache[code] = ToolResult(text, outcome, cached=True)

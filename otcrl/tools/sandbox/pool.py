@@ -248,10 +248,14 @@ class Pool:
     async def run(self, program: Program) -> Execution:
         """What the program did; streams longer than twice `max_bytes` lose their middle.
 
-        Raises ToolUnavailable when no interpreter can be had.
+        One that nobody waits for any more is not begun. Raises ToolUnavailable when no interpreter can be had.
         """
         self._check_open()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, program)
+        given_up = threading.Event()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, self._run, program, given_up)
+        finally:
+            given_up.set()
 
     async def end(self, session: str) -> None:
         """Free a session; nothing happens where there is none."""
@@ -312,27 +316,35 @@ class Pool:
             zygote.ensure()
 
     def _end(self, session: str) -> None:
-        with self._held(session=session) as zygote, contextlib.suppress(ZygoteDied, TimeoutError):
-            zygote.end(session)
+        with self._held(session=session) as zygote:
+            try:
+                zygote.end(session)
+            except (ZygoteDied, TimeoutError):
+                zygote.kill()  # a late reply would be taken for that of the next call
 
-    def _run(self, program: Program) -> Execution:
+    def _run(self, program: Program, given_up: threading.Event) -> Execution:
+        silence: TimeoutError | None = None
         with self._held(session=program.session) as zygote:
             for _ in range(2):
                 self._check_open()
+                if given_up.is_set():
+                    return Execution(State.KILLED)  # which nobody will read
                 zygote.ensure()
                 try:
                     self._end_idle(zygote)
                     execution = zygote.call(program)
-                except TimeoutError:
+                except TimeoutError as error:  # it stops programs in time itself: silence is no program's fault
+                    silence = error
                     zygote.kill()
-                    return Execution(State.TIMEOUT)
                 except ZygoteDied:
                     zygote.kill()
                 else:
                     if execution.state is not State.KILLED:
                         return execution
             self._check_open()
-            return Execution(State.KILLED)
+        if silence is not None:
+            raise ToolUnavailable(f"the Python sandbox fell silent: {silence}") from silence
+        return Execution(State.KILLED)
 
     def _end_idle(self, zygote: Zygote) -> None:
         now = time.monotonic()

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from pydantic import AfterValidator, Base64Bytes, BaseModel, ConfigDict, Field, model_validator
 
 from otcrl.errors import OtcrlError
@@ -163,14 +163,14 @@ def make_app(pool: Pool, *, workers: int, token: str | None = None, queue: int =
     app = http.make_app("otcrl serve python", token, meters, lifespan)
 
     @app.post("/run_code", responses=refusals(400, 401, 413, 429))
-    async def run_code(request: RunRequest) -> RunResponse:
+    async def run_code(request: RunRequest, client: Request) -> RunResponse:
         if request.language != "python":
             why = f"language {request.language!r} is not supported: this server runs 'python' only"
             return RunResponse(status="SandboxError", message=why)
         program, begun = limits.program(request), time.monotonic()
         with line.place():
             try:
-                done = await pool.run(program)
+                done = await http.unless_gone(client, pool.run(program))
             except OtcrlError as error:
                 meters.outcomes.labels("unavailable").inc()
                 return RunResponse(status="SandboxError", message=str(error))
