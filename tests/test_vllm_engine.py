@@ -5,7 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Coroutine, Iterator
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -21,6 +25,7 @@ from otcrl.protocols import Completion
 from otcrl.rollout.submission import before_half_stop
 from otcrl.rollout.vllm_engine import VLLMEngine
 from otcrl.rollout.vllm_launch import check_settings, check_vllm, child_environment, visible
+from tests.test_bad_input import ROOT
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer("</search>", "</ans")
@@ -416,6 +421,84 @@ def test_what_a_worker_cannot_do_is_said_in_its_words_to_all_who_wait():
         await engine.close()
 
     asyncio.run(main())
+
+
+class Talker(Sleeper):
+    """It says one token, or dies of the question."""
+
+    async def generate(self, prompt: Any, params: Any, request: str, priority: int) -> AsyncIterator[Any]:
+        self._hear("generate")
+        logprobs = SimpleNamespace(logprobs=[-1.0], start_indices=[0])
+        yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5], logprobs=logprobs, finish_reason="length")])
+
+
+def test_a_start_and_a_revival_outlive_the_trajectory_that_asked_for_them():
+    """Its time may be up in the middle; what the engine is doing is for all."""
+
+    async def main() -> None:
+        engine, made = make(fresh_model(), max_deaths=1), []
+        engine._give_back_memory = lambda: made.append("give back")
+
+        def construct(folder: Path) -> Talker:
+            time.sleep(0.3)
+            made.append("vLLM")
+            return Talker(dies="generate" if made.count("vLLM") == 1 else "")
+
+        engine._construct = construct  # pyright: ignore[reportAttributeAccessIssue]
+
+        async def ask(limit_s: float) -> Completion:
+            async with asyncio.timeout(limit_s):
+                return await engine.generate(PROMPT, session="s", stop=(), max_tokens=1, temperature=1.0, seed=1)
+
+        for _ in ("while it starts", "while it is revived"):
+            with pytest.raises(TimeoutError):
+                await ask(0.1 if not made.count("vLLM") else 0.2)
+            await asyncio.sleep(0.4)
+        assert (await ask(30)).token_ids == [5]
+        assert made == ["give back", "vLLM", "give back", "vLLM"], "the learner's cache first, and no third one"
+        assert engine.deaths == 1
+        await engine.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_start_that_hangs_keeps_nobody_from_ending():
+    code = """
+import asyncio, time
+from tests.test_vllm_engine import fresh_model, make
+async def main():
+    engine = make(fresh_model(), start_timeout_s=0.2)
+    engine._construct = lambda folder: time.sleep(1000)
+    await engine.load_weights(engine.model.named_parameters(), 0)
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert "vLLM did not start within engine.start_timeout_s=0.2 s" in done.stderr
+
+
+def test_a_request_that_vllm_is_still_preparing_is_aborted_when_it_has_it():
+    async def main() -> None:
+        llm = Sleeper()
+        engine, aborted = sharing(llm), []
+
+        async def abort(requests: list[str]) -> None:
+            aborted.append(requests)
+            if len(aborted) == 3:
+                engine._in_flight.clear()
+
+        llm.abort = abort  # pyright: ignore[reportAttributeAccessIssue]
+        engine._in_flight.add("s/0")
+        await asyncio.wait_for(engine._interrupt(llm), 10)  # pyright: ignore[reportArgumentType]
+        assert aborted == [["s/0"]] * 3
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_weights_go_by_handle_only_to_the_gpu_that_they_lie_on():
+    learner = SimpleNamespace(device=torch.device("cuda:0"))
+    for devices, sees in ((None, True), ((0, 1), True), ((1,), False)):
+        assert VLLMEngine._sees_learner(SimpleNamespace(devices=devices, model=learner)) is sees  # type: ignore[arg-type]
 
 
 def test_an_engine_that_is_found_dead_at_bedtime_is_the_next_publications_matter():

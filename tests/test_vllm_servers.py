@@ -283,6 +283,25 @@ def test_a_server_that_lost_its_weights_is_found_out_and_gets_them_again(known, 
 # -- servers that were started otherwise ---------------------------------------------------------------
 
 
+def test_the_watch_goes_on_after_what_ended_it_and_a_publication_that_succeeds(known, monkeypatch):
+    async def wrong(server: Any) -> None:
+        raise EngineError("otcrl_state answered 500")
+
+    monkeypatch.setattr(known.engine, "_beat", wrong)
+
+    async def broken() -> None:
+        while not known.engine._gate.broken:
+            await asyncio.sleep(0.1)
+
+    known.run(broken())
+    with pytest.raises(EngineError, match="otcrl_state answered 500"):
+        known.run(known.generate())
+    monkeypatch.undo()
+    known.publish(known.model)
+    known.run(known.until(inside=2))
+    assert not known.engine._beats.done()
+
+
 def test_a_server_that_is_too_small_is_told_with_what_to_start(known):
     engine = make([known.servers[0].url], known.model, batch_tokens=4096)
     with pytest.raises(EngineError, match="start the server with --max-num-batched-tokens 4096"):

@@ -263,6 +263,25 @@ def test_one_that_is_lost_before_the_broadcast_is_left_out_and_a_smaller_group_o
     assert servers[1].heard[-1][1][0] == 1, "the second version arrived"
 
 
+def test_one_that_was_lost_and_is_back_has_to_join_again():
+    """The same server by its URL, and another process: it has never heard of the group."""
+    servers, group = [Receiving(), Receiving()], Group()
+
+    async def one_restarts(urls: list[str]) -> None:
+        fleet = Fleet(urls)
+        weights = WeightsByNCCL(fleet, MODEL, None, 30, group.open)
+        for number in range(2):
+            weights.prepare([(name, p.detach() + number) for name, p in MODEL.named_parameters()], number)
+            assert await weights.bring(fleet.servers) == fleet.servers
+            fleet.eject(fleet.servers[1], "killed, and started again")
+        await fleet.close()
+
+    with ExitStack() as stack:
+        asyncio.run(one_restarts([stack.enter_context(served(server.app())) for server in servers]))
+    assert [ranks for _, ranks in group.opened] == [3, 3]
+    assert servers[1].routes().count("init_weight_transfer_engine") == 2
+
+
 def test_a_version_without_sessions_does_without():
     server = Receiving(without=("start_weight_update", "finish_weight_update"))
     publish([server], Group(), 0, 1)

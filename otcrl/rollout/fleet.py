@@ -35,6 +35,7 @@ class Server:
     version: int | None = None  # of the weights that it was given; None: it is out
     is_up: bool = True  # it may be given weights; True at first, to find out
     why: str = ""  # it was out, or is; empty if never
+    losses: int = 0  # how often it was out: it may be another process each time
     sessions: set[str] = field(default_factory=set)  # trajectories that are with it
     generating: int = 0  # requests for tokens
     asked: set[asyncio.Future[Response]] = field(default_factory=set)  # requests of any kind
@@ -140,6 +141,7 @@ class Fleet:
         if server.version is not None or not server.why:
             tell(f"{server.url} is out: {why}", sys.stdout)
         server.version, server.is_up, server.why = None, False, why
+        server.losses += 1
         for asking in server.asked:
             asking.cancel()
 

@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
 
 from otcrl.errors import EngineError
 
 LOOK_S = 1.0  # how often who waits looks whether the engine is broken
+
+
+class Common:
+    """Work that several wait for: it goes on when one of them is cancelled, such as a trajectory whose time is up."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[None] | None = None
+
+    async def done(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Returns when `work` is done, or what is under way. Raises what it raises."""
+        if self._task is None:
+            self._task = asyncio.create_task(work())
+            self._task.add_done_callback(self._over)
+        await asyncio.shield(self._task)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._task = None
+        if not task.cancelled():
+            task.exception()  # it is known to who waits; if nobody does, the gate has the reason
+
+    async def cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
 
 class Gate:

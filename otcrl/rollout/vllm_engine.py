@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -30,7 +31,8 @@ from torch import Tensor
 
 from otcrl.errors import EngineError, nearest
 from otcrl.protocols import Completion
-from otcrl.rollout.gate import LOOK_S, Gate, deadline
+from otcrl.rollout.daemon import in_daemon_thread
+from otcrl.rollout.gate import LOOK_S, Common, Gate, deadline
 from otcrl.rollout.publication import Message, Publisher, check_delivery
 from otcrl.rollout.submission import Part, check_request, complete, sampling
 from otcrl.rollout.vllm_launch import (
@@ -85,8 +87,10 @@ class VLLMEngine:
         self._processes: list[Any] = []
         self._folder = tempfile.TemporaryDirectory(prefix="otcrl-vllm-")
         folder = Path(self.weights_dir) if self.weights_dir else None
-        self._publisher = Publisher(self.model, by_handle=on_gpu and self.transport != "file", folder=folder)
-        self._gate = Gate()
+        by_handle = on_gpu and (self.transport == "ipc" or (self.transport == "auto" and self._sees_learner()))
+        self._publisher = Publisher(self.model, by_handle=by_handle, folder=folder)
+        self._gate, self._common = Gate(), Common()  # a start or a revival
+        self._has_begun = False  # to be given weights: from then on they come from the learner alone
         self._in_flight: set[str] = set()  # requests that vLLM has
         self._numbers = itertools.count()
 
@@ -170,7 +174,7 @@ class VLLMEngine:
                 dead = error
             finally:
                 self._in_flight.discard(request)  # before it waits for a publication, which waits for what is in flight
-            await self._revive(llm, dead)
+            await self._common.done(partial(self._revive, llm, dead))
 
     # -- weights --------------------------------------------------------------------------------------
 
@@ -191,6 +195,7 @@ class VLLMEngine:
     async def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See `Engine.load_weights`. Requests in flight are interrupted and go on under the new weights."""
         async with self._gate.publishing(version, "vLLM"):
+            self._has_begun = True
             message = self._publisher.prepare(weights, version)  # in this thread: to gather weights may be a collective
             if self._llm is None:
                 await self._start()
@@ -258,26 +263,26 @@ class VLLMEngine:
         await llm.pause_generation(mode="abort")
         for _ in range(3):  # turns of the event loop in which who was answered goes on
             await asyncio.sleep(0)
-        if late := list(self._in_flight):  # they came while the scheduler paused, and it would keep them
-            await llm.abort(late)
-        while self._in_flight:
-            await asyncio.sleep(0.001)
+        while late := list(self._in_flight):  # they came while the scheduler paused, and it would keep them
+            await llm.abort(late)  # of no effect on one that vLLM is still preparing: hence again
+            await asyncio.sleep(0.002)
 
     # -- processes ------------------------------------------------------------------------------------
 
     async def _ready(self) -> None:
         """Returns when requests may be submitted; the first caller starts the engine if nobody has."""
-        if self._llm is None and not self._gate.broken and not self._gate.exclusive.locked():
-            await self.load_weights(self.model.named_parameters(), self.version)
+        if not (self._has_begun or self._gate.broken):
+            await self._common.done(lambda: self.load_weights(self.model.named_parameters(), self.version))
         await self._gate.passed()
 
     async def _start(self) -> None:
+        self._give_back_memory()
         folder = Path(self._folder.name)
         save_description(folder, self.model, self.tokenizer)
         before = set(multiprocessing.active_children())
         try:
             async with asyncio.timeout(self.start_timeout_s):
-                self._llm = await asyncio.to_thread(self._construct, folder)
+                self._llm = await in_daemon_thread(lambda: self._construct(folder), "vLLM starts")
         except TimeoutError as error:
             raise EngineError(f"vLLM did not start within engine.start_timeout_s={self.start_timeout_s:g} s") from error
         except (RuntimeError, ValueError) as error:
@@ -298,11 +303,11 @@ class VLLMEngine:
             if self._llm is not dead:
                 return  # another request has seen to it
             self._gate.close()
-            await self._restart(dead, error)
-            message = self._publisher.again()
-            if message is None:
-                return  # an update is under way: its publication will open the engine
             with self._gate.breaking():
+                await self._restart(dead, error)
+                message = self._publisher.again()
+                if message is None:
+                    return  # an update is under way: its publication will open the engine
                 await self._publish(message)
             self._gate.open()
 
@@ -316,7 +321,8 @@ class VLLMEngine:
             raise EngineError(self._gate.broken) from error
         tell(f"vLLM died ({why}); starting it again, death {self.deaths} of at most {self.max_deaths}", sys.stdout)
         self._llm = None
-        await asyncio.to_thread(dead.shutdown)
+        async with deadline(self.sync_timeout_s, "ending the dead vLLM"):
+            await in_daemon_thread(dead.shutdown, "vLLM ends")
         await self._start()
 
     def _exit_codes(self) -> str:
@@ -326,6 +332,7 @@ class VLLMEngine:
     async def close(self) -> None:
         self._gate.broken, llm, self._llm = "the engine is closed", self._llm, None
         self._gate.close()
+        await self._common.cancel()
         if llm is not None:
             await asyncio.to_thread(llm.shutdown)
             await asyncio.sleep(0)  # its task hears that it is cancelled
@@ -333,6 +340,10 @@ class VLLMEngine:
             gc.collect()  # now: its finalizer fails when the interpreter is already going
         self._publisher.close()
         self._folder.cleanup()
+
+    def _sees_learner(self) -> bool:
+        """Whether the learner's GPU is among the engine's, so that its memory can be opened there."""
+        return self.devices is None or (self.model.device.index or 0) in self.devices
 
     def _check_options(self) -> None:
         if not self.options:

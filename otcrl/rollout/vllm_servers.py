@@ -25,7 +25,7 @@ from otcrl.errors import ConfigError, EngineError
 from otcrl.protocols import Completion
 from otcrl.rollout.completions_api import PATH, continued, scored, to_continue, to_score
 from otcrl.rollout.fleet import LONGEST_S, Fleet, Server, share_of_rank
-from otcrl.rollout.gate import Gate, deadline
+from otcrl.rollout.gate import Common, Gate, deadline
 from otcrl.rollout.submission import Part, check_request, complete, sampling
 from otcrl.rollout.vllm_launch import check_context, check_version
 from otcrl.rollout.vllm_worker import EXTENSION
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from otcrl.models.tokenizer import HFTokenizer
 
 BEAT_S = 2.0  # between two looks at a server; vLLM needs longer than that to start
+HEALTH_S = 5.0
 EXACTLY = {  # as `Receiver.otcrl_settings` names it -> the value, and how to get it
     "logprobs_mode": ("processed_logprobs", "--logprobs-mode processed_logprobs"),
     "generation_config": ("vllm", "--generation-config vllm"),
@@ -80,7 +81,9 @@ class VLLMServers:
             self._weights = WeightsByFile(self._fleet, self.model, self.weights_dir, self.sync_timeout_s)
         else:
             self._weights = WeightsByNCCL(self._fleet, self.model, self.nccl_address, self.sync_timeout_s)
-        self._gate = Gate()
+        self._gate, self._common = Gate(), Common()  # the first publication, if nobody else has made one
+        self._has_begun = False  # to be given weights: from then on they come from the learner alone
+        self._looking = asyncio.Lock()  # a beat, or a publication: neither takes the other's doing for a loss
         self._probes = itertools.count()
         self._beats: asyncio.Task[None] | None = None
 
@@ -149,8 +152,8 @@ class VLLMServers:
 
     async def _server(self, session: str) -> Server:
         """The session's, when it may be asked. Raises EngineError when there has been none for too long."""
-        if self._beats is None and not self._gate.broken and not self._gate.exclusive.locked():
-            await self.load_weights(self.model.named_parameters(), self.version)
+        if not (self._has_begun or self._gate.broken):
+            await self._common.done(lambda: self.load_weights(self.model.named_parameters(), self.version))
         give_up = time.monotonic() + self.patience_s
         while True:
             await self._gate.passed()
@@ -174,7 +177,10 @@ class VLLMServers:
 
         A server that cannot be reached is left out, and gets them later; raises EngineError when there is no other.
         """
-        async with self._gate.publishing(version, "the servers"):
+        async with self._looking, self._gate.publishing(version, "the servers"):
+            self._has_begun = True
+            async with deadline(self.sync_timeout_s, "pausing the servers"):  # before this process is busy
+                await self._fleet.each([server for server in self._fleet.servers if server.is_up], self._stop)
             self._weights.prepare(weights, version)  # in this thread: to gather weights may be a collective
             give_up = time.monotonic() + self.patience_s
             while not await self._give([server for server in self._fleet.servers if server.is_up], version):
@@ -184,7 +190,7 @@ class VLLMServers:
                 for server in self._fleet.servers:
                     server.is_up = True  # or so one hopes
             self.version = version
-        if self._beats is None:
+        if self._beats is None or self._beats.done():
             self._beats = asyncio.create_task(self._beat_on())
             self._beats.add_done_callback(self._beats_ended)
 
@@ -244,19 +250,20 @@ class VLLMServers:
     async def _beat_on(self) -> None:
         while True:
             await asyncio.sleep(BEAT_S)
-            await self._fleet.each(self._fleet.servers, self._beat)
+            async with self._looking:
+                await self._fleet.each(self._fleet.servers, self._beat)
 
     async def _beat(self, server: Server) -> None:
         """A server that has other weights than it was given is out; one that is out and up gets them."""
         given = server.version
-        if self._gate.broken or self._gate.exclusive.locked():
+        if self._gate.broken:
             return
         if given is not None:
             states = await self._fleet.rpc(server, "otcrl_state")
             if server.version == given and any(state["version"] != given for state in states):
                 self._fleet.eject(server, "it has lost its weights")
             return
-        await self._fleet.attempt(server, "GET", "/health")
+        await self._fleet.attempt(server, "GET", "/health", timeout_s=HEALTH_S)  # a publication waits for it
         server.is_up = True  # the next publication is for it too
         if self._weights.keeps:
             async with self._gate.exclusive:
@@ -268,10 +275,13 @@ class VLLMServers:
         if not beats.cancelled() and (error := beats.exception()) is not None:
             self._gate.broken = str(error) if isinstance(error, EngineError) else f"the servers' watch broke: {error!r}"
             self._gate.close()
+            for server in self._fleet.servers:  # who waits for an answer is to hear of it
+                self._fleet.eject(server, self._gate.broken)
 
     async def close(self) -> None:
         self._gate.broken = "the engine is closed"
         self._gate.close()
+        await self._common.cancel()
         if self._beats is not None:
             self._beats.cancel()
             await asyncio.wait([self._beats])

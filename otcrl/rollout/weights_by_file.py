@@ -20,7 +20,8 @@ class WeightsByFile:
     keeps = True  # the weights sent last can be brought to a server that comes later
 
     def __init__(self, fleet: Fleet, model: PreTrainedModel, folder: str | None, timeout_s: float) -> None:
-        self._fleet, self._folder, self._timeout_s = fleet, folder, timeout_s
+        self._fleet, self._folder = fleet, folder
+        self._load_s = 0.8 * timeout_s  # a server that takes most of the time is left out, and ends no publication
         self._publisher = Publisher(model, by_handle=False, folder=Path(folder) if folder else None)
         self._message: Message | None = None
 
@@ -35,7 +36,7 @@ class WeightsByFile:
 
         async def load(server: Server) -> None:
             try:
-                reports = await self._fleet.rpc(server, message.method, message.content, timeout_s=self._timeout_s)
+                reports = await self._fleet.rpc(server, message.method, message.content, timeout_s=self._load_s)
             except EngineError as error:
                 if self._folder is not None or "Errno" not in str(error):
                     raise

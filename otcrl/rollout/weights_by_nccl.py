@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from otcrl.errors import EngineError
 from otcrl.models.devices import make_current
 from otcrl.models.published import Layers
+from otcrl.rollout.daemon import in_daemon_thread
 from otcrl.rollout.fleet import Fleet, Server, named
 from otcrl.rollout.publication import Message, check_delivery, check_names
 from otcrl.rollout.vllm_worker import fingerprint
@@ -31,7 +31,7 @@ from otcrl.tools.remote import ServerLost
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-T = TypeVar("T")
+NAME = "weights by NCCL"  # of the threads
 Broadcast = Callable[[Tensor], None]  # to all other ranks of a group
 OpenGroup = Callable[[str, int, int, torch.device], Broadcast]  # (address, port, ranks, this rank's GPU)
 
@@ -50,7 +50,7 @@ class WeightsByNCCL:
         self._fleet, self._model, self._address, self._timeout_s = fleet, model, address, timeout_s
         self._open_group = open_group or nccl_group
         self._broadcast: Broadcast | None = None
-        self._members: list[Server] = []
+        self._members: list[tuple[Server, int]] = []  # of the group; how often each had been lost
         self._workers: dict[str, int] = {}  # by URL of their server
         self._source = Layers(())
         self._version = 0
@@ -69,8 +69,8 @@ class WeightsByNCCL:
         servers = await self._fleet.each(servers, self._begin)  # who is lost until here is left out
         if not servers:
             return []
-        if self._broadcast is None or servers != self._members:
-            await self._open(servers)
+        if self._broadcast is None or self._members != [(server, server.losses) for server in servers]:
+            await self._open(servers)  # also for one that was lost and is a new process now
         before, self._digests = self._digests, await self._send(servers)
         await self._fleet.each(servers, lambda server: self._session(server, "/finish_weight_update"))
         all_changed = bool(before) and all(before.get(name) != digest for name, digest in self._digests.items())
@@ -98,10 +98,10 @@ class WeightsByNCCL:
         group = {"master_address": address, "master_port": port, "world_size": 1 + sum(sizes)}
         bodies = [{"init_info": {**group, "rank_offset": 1 + sum(sizes[:number])}} for number in range(len(servers))]
         path, device = "/init_weight_transfer_engine", self._model.device
-        opening = in_daemon_thread(lambda: self._open_group(address, port, group["world_size"], device))
+        opening = in_daemon_thread(lambda: self._open_group(address, port, group["world_size"], device), NAME)
         joining = [self._collective(s, path, body) for s, body in zip(servers, bodies, strict=True)]
         self._broadcast, *_ = await asyncio.gather(opening, *joining)
-        self._members = servers
+        self._members = [(server, server.losses) for server in servers]
 
     async def _send(self, servers: list[Server]) -> dict[str, str]:
         """Digests of what was sent. Whatever fails, the group cannot be used again."""
@@ -112,7 +112,7 @@ class WeightsByNCCL:
         self._broadcast = None
         receiving = [self._collective(server, "/update_weights", {"update_info": what}) for server in servers]
         digests, *_ = await asyncio.gather(
-            in_daemon_thread(lambda: sent(source, broadcast, self._model.device)), *receiving
+            in_daemon_thread(lambda: sent(source, broadcast, self._model.device), NAME), *receiving
         )
         self._broadcast = broadcast
         return digests
@@ -154,31 +154,6 @@ def nccl_group(address: str, port: int, ranks: int, device: torch.device) -> Bro
 
     make_current(device)  # in this thread
     return nccl_group(address, port, ranks, device)
-
-
-def in_daemon_thread(work: Callable[[], T]) -> asyncio.Future[T]:
-    """Its result. Unlike with `asyncio.to_thread`, a thread that hangs hinders nobody from ending."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # pyright: ignore[reportArgumentType]
-
-    def run() -> None:
-        try:
-            outcome = work(), None
-        except BaseException as error:  # raised where it is awaited
-            outcome = None, error
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, *outcome)
-
-    threading.Thread(target=run, daemon=True, name="weights by NCCL").start()
-    return future
 
 
 def address_towards(url: str) -> str:
