@@ -229,7 +229,7 @@ class RetrievalServer:
     max_query_chars: int = 10_000
     max_batch: int = 64  # queries encoded and searched together
     max_wait_s: float = 0.002  # that an idle server waits for more queries
-    cache_size: int = 100_000  # queries whose answer is remembered; 0: none
+    cache_size: int = 100_000  # queries whose answer is remembered; one of 30 passages counts as 10; 0: none
     deadline_s: float = 30.0  # of a request that names none; then it is given up
     mmap: bool = False  # leave the vectors on disk and read what is needed
     threads: int | None = None  # of encoder and index; None: one per core
@@ -252,14 +252,13 @@ class RetrievalServer:
         """Takes requests at once; they are refused with 503 until the index is open."""
         with extra_needed():
             from otcrl.tools.retrieval.server import Limits, make_app
-        from otcrl.tools.retrieval.batches import Batches
         from otcrl.tools.retrieval.index import memory_plan, read_manifest
 
         manifest = read_manifest(Path(self.index))  # what is no index at all is said before anybody waits for it
         if self.at.is_open:
             why = f"host={self.at.host} without a token: whoever reaches it may read the passages"
             print(f"otcrl: warning: {why}", file=sys.stderr, flush=True)
-        batches = Batches(self.open, self.max_batch, self.max_wait_s, self.cache_size)
+        batches = self.batches()
         limits = Limits(**{field.name: getattr(self, field.name) for field in fields(Limits)})
         app = make_app(batches, max_batch=self.max_batch, token=self.at.secret, queue=self.queue, limits=limits)
         server = http_server(app, self.deadline_s + 1)
@@ -270,6 +269,12 @@ class RetrievalServer:
             await serve_on(listener, server, f"retrieval on {url_of(listener)} ({self.index}: {plan})")
         if opening.done() and not opening.cancelled() and (error := opening.exception()) is not None:
             raise error
+
+    def batches(self) -> Batches:
+        """Where queries wait and answers are remembered."""
+        from otcrl.tools.retrieval.server import ServedBatches
+
+        return ServedBatches(self.open, self.max_batch, self.max_wait_s, self.cache_size)
 
     def open(self) -> Searchable:
         """The index with an encoder of its own, warm: it has answered a query. Raises DataError."""

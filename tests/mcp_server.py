@@ -55,6 +55,15 @@ def die() -> str:
 
 
 @server.tool()
+def chatter(kilobytes: int) -> str:
+    """Writes that much to stderr."""
+    for _ in range(kilobytes):
+        print("x" * 1023, file=sys.stderr)
+    print("that was all", file=sys.stderr, flush=True)
+    return "written"
+
+
+@server.tool()
 def process() -> int:
     """The server's process."""
     return os.getpid()

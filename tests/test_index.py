@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import faiss
@@ -23,8 +25,8 @@ from pyarrow import feather, parquet
 from otcrl.cli import main
 from otcrl.errors import ConfigError, DataError
 from otcrl.presets import shipped
-from otcrl.tools.retrieval import quality
-from otcrl.tools.retrieval.build import Bm25, Recipe, adopt, build_index, derive
+from otcrl.tools.retrieval import build, quality
+from otcrl.tools.retrieval.build import Bm25, Recipe, adopt, build_index, build_or_open, derive
 from otcrl.tools.retrieval.corpus import Corpus, Passage
 from otcrl.tools.retrieval.dense import Dense, exact, overlap
 from otcrl.tools.retrieval.encode import HashingEncoder, normalised, stable_hash
@@ -405,6 +407,52 @@ def test_two_processes_do_not_build_the_same_index(tmp_path: Path):
     assert build_index(PASSAGES, ENCODER, tmp_path / "index").rows == 700
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_runs_wait_for_the_index_that_another_builds_and_one_builds_it_if_that_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, fails: bool
+):
+    begun, go, waiting = threading.Event(), threading.Event(), threading.Semaphore(0)
+    place, wait_for_builder = tmp_path / "index", build.wait_for_builder
+
+    class Held(HashingEncoder):
+        def encode(self, texts, is_query):
+            begun.set()
+            assert go.wait(60)
+            if fails:
+                raise RuntimeError("out of memory")
+            return super().encode(texts, is_query)
+
+    def counted(directory: Path) -> None:
+        waiting.release()
+        wait_for_builder(directory)
+
+    monkeypatch.setattr(build, "wait_for_builder", counted)
+    with ThreadPoolExecutor(3) as threads:
+        builder = threads.submit(build_index, PASSAGES, Held(dimension=64), place)
+        assert begun.wait(60)
+        opened = [threads.submit(build_or_open, PASSAGES, ENCODER, place) for _ in range(2)]
+        are_waiting = all(waiting.acquire(timeout=60) for _ in opened)
+        go.set()
+        assert are_waiting
+        assert [index.result().rows for index in opened] == [700, 700]
+    assert (builder.exception() is not None) == fails
+    told = f"otcrl: index {place}: another process is building it, which this one waits for"
+    assert capsys.readouterr().err.count(told) == 2  # once each
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_an_index_that_is_finished_just_when_a_run_begins_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    there, real = tmp_path / "index", build.unfinished
+
+    def late(directory: Path):
+        monkeypatch.setattr(build, "unfinished", real)
+        build_index(PASSAGES, ENCODER, directory)
+        return real(directory)
+
+    monkeypatch.setattr(build, "unfinished", late)
+    assert build_or_open(PASSAGES, ENCODER, there).rows == 700
+
+
 def test_a_vector_that_is_not_finite_is_named(tmp_path: Path):
     class Overflowing(HashingEncoder):
         def encode(self, texts, is_query):
@@ -509,6 +557,26 @@ def test_a_file_of_another_size_is_refused_when_the_index_is_opened(tmp_path: Pa
         file.write(b"x")
     with pytest.raises(DataError, match=r"index\.faiss has \d+ bytes, manifest\.json says"):
         open_index(tmp_path / "index")
+
+
+def test_an_index_that_is_replaced_while_it_is_opened_is_not_taken_for_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    live, following, read = tmp_path / "live", tmp_path / "next", faiss.read_index
+    build_index(PASSAGES, ENCODER, live)
+    build_index(PASSAGES[:-2] + PASSAGES[:-3:-1], ENCODER, following)  # as many bytes and rows, in another order
+
+    def slowly(*arguments):
+        if following.exists():
+            live.rename(tmp_path / "old")
+            following.rename(live)
+        return read(*arguments)
+
+    new = open_index(following, ENCODER).identity
+    monkeypatch.setattr(faiss, "read_index", slowly)
+    with pytest.raises(DataError, match=r"live was replaced while it was opened: open it again"):
+        open_index(live, ENCODER)
+    assert open_index(live, ENCODER).identity == new
 
 
 def test_an_index_says_which_encoder_it_needs(tmp_path: Path):

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from tests.test_chat import HERMES
 
 pytest.importorskip("mcp", reason="needs otcrl[mcp]")
 
-from otcrl.tools.mcp import MCPServer, MCPTool
+from otcrl.tools.mcp import KEPT, MAX_DEPTH, MCPServer, MCPTool
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "tests.mcp_server"]
@@ -87,6 +88,44 @@ def test_what_the_policy_got_wrong_is_its_own_failure(
     assert said in result.text
 
 
+def nested(levels: int) -> str:
+    return '{"text": ' + "[" * (levels - 1) + "]" * (levels - 1) + "}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ('{"text": "\\ud83d"}', "Error: shout takes no arguments that hold half a surrogate pair, '\\ud83d'."),
+        ('{"text": "x", "\\udc00": 1}', "half a surrogate pair"),
+        ("bare \ud83d", "half a surrogate pair"),
+        (nested(MAX_DEPTH + 1), f"Error: shout takes no arguments that are nested more than {MAX_DEPTH} levels deep."),
+        (nested(200), "levels deep"),
+        (nested(900), "levels deep"),
+    ],
+)
+def test_what_cannot_be_sent_is_not_and_the_others_keep_their_server(
+    tools: Mapping[str, MCPTool], arguments: str, said: str
+):
+    async def main() -> tuple[ToolResult, ToolResult]:
+        other = asyncio.ensure_future(tools["wait"].run('{"seconds": 0.3}', "a"))
+        await asyncio.sleep(0.1)
+        return await tools["shout"].run(arguments, "b"), await other
+
+    before = run(tools["process"], {}).text
+    refused, other = asyncio.run(main())
+    assert refused.outcome is Outcome.MODEL_ERROR
+    assert said in refused.text
+    assert other.text == "waited"
+    assert run(tools["process"], {}).text == before
+
+
+def test_what_is_nested_as_deep_as_may_be_and_a_whole_surrogate_pair_are_sent(tools: Mapping[str, MCPTool]):
+    before = run(tools["process"], {}).text
+    assert "valid string" in run(tools["shout"], nested(MAX_DEPTH)).text  # the server's own words
+    assert run(tools["shout"], '{"text": "\\ud83d\\ude00"}').text == "\U0001f600"
+    assert run(tools["process"], {}).text == before
+
+
 def test_a_tool_that_takes_one_text_can_be_given_it_bare(tools: Mapping[str, MCPTool]):
     assert run(tools["shout"], " hello ").text == "HELLO"
 
@@ -144,6 +183,24 @@ def test_a_server_that_dies_in_a_call_is_an_infrastructure_failure_and_the_next_
     assert before != after
     asyncio.run(server.close())
     assert not Path(f"/proc/{after}").exists()
+
+
+def test_of_what_a_chatty_server_writes_only_the_end_is_kept():
+    server = serving()
+    tools = {tool.name: tool for tool in server.tools()}
+    link = server._line._link
+    assert link is not None
+    assert run(tools["chatter"], {"kilobytes": 2000}).text == "written"  # far more than a pipe takes by itself
+    assert link.last_words().endswith("x that was all")
+    assert stat.S_ISFIFO(os.fstat(link._stderr.fileno()).st_mode), "a file would grow"
+    assert len(link._words) <= KEPT
+    with pytest.raises(ToolUnavailable, match="these are my last words"):
+        run(tools["die"], {})
+    asyncio.run(server.close())
+    link.thread.join(10)
+    assert link._heard.closed
+    assert link._stderr.closed
+    assert link.last_words().endswith("these are my last words")
 
 
 def test_every_call_of_a_server_that_dies_fails_and_one_new_server_is_started():

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from schemathesis import GenerationMode
 
+from otcrl.serve import Address, RetrievalServer
 from otcrl.tools.retrieval.batches import Batches, Searchable
 from otcrl.tools.retrieval.build import build_index
 from otcrl.tools.retrieval.corpus import Passage
@@ -138,6 +139,24 @@ def test_search_tells_the_passages_their_scores_the_index_and_what_was_remembere
         assert (first["cached"], again["cached"]) == ([False], [True, False])
         assert again["results"][0] == first["results"][0]
         assert post(url, queries=[]).json() == {"index": "A1", "results": [], "cached": []}
+
+
+def test_remembered_answers_are_bounded_by_their_passages(tmp_path: Path):
+    build_index(list(capitals().passages), HashingEncoder(dimension=256), tmp_path / "index")  # pyright: ignore
+
+    def cached(size: int, *asked: tuple[str, int]) -> list[bool]:
+        batches = RetrievalServer(at=Address(), index=str(tmp_path / "index"), cache_size=size).batches()
+        found = [batches.ask_all([query], topk).result(30)[0].cached for query, topk in (("", 1), *asked)][1:]
+        batches.close()
+        return found
+
+    rome, oslo, lima = ("Rome", 3), ("Oslo", 3), ("Lima", 3)
+    assert cached(2, rome, oslo, rome, oslo) == [False, False, True, True]
+    assert cached(2, rome, oslo, lima, oslo, rome) == [False, False, False, True, False]
+    assert cached(2, rome, oslo, ("Lima", 4), oslo, rome) == [False] * 5  # four and three are more than six
+    assert cached(2, *((town, 1) for town in "aacba")) == [False, True, False, False, False]  # two of one are two still
+    assert cached(1, rome, ("Oslo", 4), ("Oslo", 4), rome) == [False, False, False, True]  # too large for it
+    assert cached(0, rome, rome) == [False, False]
 
 
 def test_a_document_is_read_by_its_id_whatever_characters_it_has():

@@ -10,6 +10,7 @@ import pytest
 
 from otcrl.errors import ConfigError, DataError, ToolUnavailable
 from otcrl.protocols import ToolResult
+from otcrl.tools.retrieval.build import build_index
 from otcrl.tools.retrieval.corpus import Passage
 from otcrl.tools.retrieval.encode import HashingEncoder, Vectors
 from otcrl.tools.search import SearchTool
@@ -187,6 +188,26 @@ def test_a_broken_encoder_makes_the_tool_unavailable():
     tool = SearchTool(encoder=Recorder(error=RuntimeError("out of memory")), passages=CAPITALS)
     with pytest.raises(ToolUnavailable, match="search: the retriever failed: out of memory"):
         ask(tool, "Rome")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"), [((b"{", b"x"), "Expecting value: line 1 column 1"), ((b'"title"', b'"titel"'), "'titel'")]
+)
+def test_a_damaged_passage_makes_the_tool_unavailable(tmp_path: Path, damage: tuple[bytes, bytes], why: str):
+    build_index(CAPITALS, HashingEncoder(), tmp_path / "index")
+    lines = tmp_path / "index" / "passages.jsonl"
+    lines.write_bytes(lines.read_bytes().replace(*damage, 1))
+    tool = SearchTool(index=str(tmp_path / "index"))
+    with pytest.raises(ToolUnavailable, match=rf"search: the retriever failed: passage 1 .* is damaged: .*{why}"):
+        ask(tool, "Paris")
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(ValueError("text is no text"), ToolUnavailable), (DataError("no such model"), DataError)]
+)
+def test_a_value_error_is_an_outage_and_a_data_error_is_not(error: Exception, raised: type[Exception]):
+    with pytest.raises(raised, match=str(error)):
+        ask(SearchTool(encoder=Recorder(error=error), passages=CAPITALS), "Rome")
 
 
 def test_a_search_past_its_deadline_makes_the_tool_unavailable():

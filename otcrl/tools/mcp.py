@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 END_S = 10.0  # for a server to end, which the SDK kills after 4
 LAST_WORDS = 300  # characters of what a server wrote to stderr, in an error
+KEPT = 4096  # bytes of it
+PIPE = 65536  # bytes that wait in a pipe, at most
+MAX_DEPTH = 50  # of arguments; readers of JSON give up a message, and with it the connection, at 64, 128 or 200
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,6 +121,8 @@ class MCPTool:
         given = self._object(arguments)
         if given is None:
             return ToolResult(f"Error: {self.name} takes a JSON object: {self._form}.", Outcome.MODEL_ERROR)
+        if why := _unsendable(given):
+            return ToolResult(f"Error: {self.name} takes no arguments that {why}.", Outcome.MODEL_ERROR)
         return await self.server.call(self.remote_name, given)
 
     async def release(self, session: str) -> None:
@@ -148,6 +153,23 @@ class MCPTool:
             for name, schema in self.parameters.get("properties", {}).items()
         )
         return f"{{{', '.join(listed)}}}"
+
+
+def _unsendable(arguments: Mapping[str, Any]) -> str:
+    """What keeps them from being sent; "" if nothing does. The SDK learns it too late: all lose the connection."""
+    if not _is_flat(arguments, MAX_DEPTH):
+        return f"are nested more than {MAX_DEPTH} levels deep"
+    try:
+        json.dumps(arguments, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"hold half a surrogate pair, {error.object[error.start : error.end]!r}"
+    return ""
+
+
+def _is_flat(value: object, levels: int) -> bool:
+    """Whether `value` is nested that deep at most."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else None
+    return inner is None or (levels > 0 and all(_is_flat(each, levels - 1) for each in inner))
 
 
 async def _list_tools(client: Client) -> list[Any]:
@@ -237,10 +259,13 @@ class Link:
 
     def __init__(self, server: MCPServer) -> None:
         self._server = server
-        self._stderr = os.fdopen(os.memfd_create("stderr"), "w+")
-        self._words = ""
+        heard, spoken = os.pipe()  # the server's stderr, which is a file to the SDK; of a file only its end is wanted
+        os.set_blocking(heard, False)
+        self._heard, self._stderr = os.fdopen(heard, "rb", buffering=0), os.fdopen(spoken, "w")
+        self._words, self._hearing = b"", threading.Lock()
         self.answered = 0.0  # when the server last did, on time.monotonic's clock
         self._loop = asyncio.new_event_loop()
+        self._loop.add_reader(heard, self._hear)
         self._over = asyncio.Event()
         self.ready: Future[Client] = Future()
         self.thread = threading.Thread(target=self._live, name=server.name, daemon=True)
@@ -258,18 +283,23 @@ class Link:
             self._loop.call_soon_threadsafe(self._over.set)
 
     def last_words(self) -> str:
-        """What the server last wrote to stderr, whose place in the file must not be moved: it is shared."""
-        with suppress(ValueError):  # closed: it was read then
-            file = self._stderr.fileno()
-            size = os.fstat(file).st_size
-            self._words = os.pread(file, LAST_WORDS, max(0, size - LAST_WORDS)).decode(errors="replace")
-        return " ".join(self._words.split())
+        """What the server last wrote to stderr."""
+        self._hear()  # the loop may not have come to it yet
+        return " ".join(self._words.decode(errors="replace")[-LAST_WORDS:].split())
+
+    def _hear(self) -> None:
+        """Takes what waits in the pipe, lest the server wait for room, and keeps the end of it."""
+        with self._hearing:
+            if not self._heard.closed:
+                self._words = (self._words + (self._heard.read(PIPE) or b""))[-KEPT:]
 
     def _live(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.run(self._connection())
-        self.last_words()
-        self._stderr.close()
+        self._hear()
+        with self._hearing:
+            self._heard.close()
+            self._stderr.close()
 
     async def _connection(self) -> None:
         from mcp import Client

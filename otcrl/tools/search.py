@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from otcrl.errors import ConfigError, DataError, ToolUnavailable, nearest
+from otcrl.errors import ConfigError, DataError, OtcrlError, ToolUnavailable, nearest
 from otcrl.protocols import ToolResult
 from otcrl.tools.retrieval.batches import Batches
 from otcrl.tools.retrieval.build import build_or_open, memory_index
@@ -288,14 +288,16 @@ class LocalIndex:
         await asyncio.wrap_future(self._batches.prepare())
 
     async def search(self, queries: Sequence[str], topk: int) -> Sequence[Sequence[Hit]]:
-        """Raises ToolUnavailable."""
+        """Raises ToolUnavailable; DataError and the like of an index that could not be opened."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 asked = self._batches.ask_all(queries, topk, time.monotonic() + self._timeout_s)
                 return [answer.hits for answer in await asyncio.wrap_future(asked)]
         except TimeoutError as error:
             raise ToolUnavailable(f"no answer within timeout_s={self._timeout_s:g}") from error
-        except (RuntimeError, OSError, MemoryError) as error:
+        except OtcrlError:  # some are ValueErrors
+            raise
+        except (RuntimeError, OSError, MemoryError, ValueError) as error:
             raise ToolUnavailable(f"the retriever failed: {error}") from error
 
     async def close(self) -> None:

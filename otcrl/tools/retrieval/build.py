@@ -6,9 +6,12 @@ build that was killed goes on after its last whole chunk, and gives the same byt
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,13 +137,34 @@ def fill(work: Path, recipe: Recipe, encoder: Encoder | None, rows: int, sha256:
 def build_or_open(corpus: Iterable[Passage], encoder: Encoder | None, directory: str | Path) -> Index:
     """The index of `corpus` in `directory`, built where there is none. `corpus` is iterated once.
 
+    Who finds that another process is building it waits, and opens what that one built; or builds it if that one died.
     Raises DataError where the directory holds an index of something else: hours of work are never overwritten.
     """
-    directory = Path(directory)
-    if not directory.exists():
-        return build_index(corpus, encoder, directory)
+    directory, is_told = Path(directory), False
+    while not directory.exists():
+        try:
+            return build_index(corpus, encoder, directory)
+        except DataError as error:
+            if isinstance(error.__cause__, BlockingIOError):
+                if not is_told:
+                    why = "another process is building it, which this one waits for"
+                    print(f"otcrl: index {directory}: {why}", file=sys.stderr, flush=True)
+                    is_told = True
+                wait_for_builder(directory)
+            elif not directory.exists():  # else another process was done just when this one began
+                raise
     refuse(directory, "corpus sha256", read_manifest(directory).corpus_sha256, corpus_sha256(corpus))
     return open_index(directory, encoder)
+
+
+def wait_for_builder(directory: Path) -> None:
+    """Until the lock that `unfinished` takes is free: the index is there, or its builder gave up or died."""
+    with suppress(FileNotFoundError):  # it was done just now
+        lock = os.open(directory.with_name(f".{directory.name}.building"), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        finally:
+            os.close(lock)
 
 
 def derive(base: str | Path, directory: str | Path, recipe: Recipe) -> Index:

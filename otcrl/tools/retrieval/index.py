@@ -92,9 +92,17 @@ class Index:
             rankings.append(search_bm25(self.lexical, queries, depth))
         scores, rows = rankings[0] if len(rankings) == 1 else fused([rows for _, rows in rankings], count)
         return [
-            [Hit(self.passages[int(row)], float(score)) for row, score in zip(*pair, strict=True) if row >= 0]
+            [self._hit(int(row), float(score)) for row, score in zip(*pair, strict=True) if row >= 0]
             for pair in zip(rows, scores, strict=True)
         ]
+
+    def _hit(self, row: int, score: float) -> Hit:
+        try:
+            return Hit(self.passages[row], score)
+        except (ValueError, TypeError) as error:  # TypeError: of a damaged name of a field
+            raise RuntimeError(
+                f"passage {row + 1} of passages.jsonl is damaged: {error}. otcrl index check tells what else is"
+            ) from error
 
     def _nearest(self, queries: Sequence[str], count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         import faiss
@@ -126,13 +134,22 @@ def fused(rankings: Sequence[NDArray[np.int64]], count: int) -> tuple[list[list[
 
 
 def read_manifest(directory: Path) -> Manifest:
-    path = directory / "manifest.json"
+    return parsed_manifest(directory, manifest_bytes(directory))
+
+
+def manifest_bytes(directory: Path) -> bytes:
     try:
-        manifest = Manifest(**json.loads(path.read_bytes()))
+        return (directory / "manifest.json").read_bytes()
     except OSError as error:
         raise DataError(
-            f"index: {directory} is no index directory: {path.name} cannot be read ({error.strerror})"
+            f"index: {directory} is no index directory: manifest.json cannot be read ({error.strerror})"
         ) from error
+
+
+def parsed_manifest(directory: Path, content: bytes) -> Manifest:
+    path = directory / "manifest.json"
+    try:
+        manifest = Manifest(**json.loads(content))
     except (ValueError, TypeError) as error:
         raise DataError(f"{path}: expected the fields {', '.join(Manifest.__slots__)}: {error}") from error
     if manifest.format != FORMAT:
@@ -155,12 +172,13 @@ def open_index(
     """The index kept in `directory`; with `mmap` its vectors stay on disk and are read as they are needed.
 
     `encoder` None: the one that the manifest describes. Raises DataError where it does not fit `encoder`, itself, or
-    into memory.
+    into memory, and where it is replaced meanwhile.
     """
     import faiss
 
     directory = Path(directory)
-    manifest = read_manifest(directory)
+    content = manifest_bytes(directory)
+    manifest = parsed_manifest(directory, content)
     if manifest.encoder is not None:
         encoder = encoder or encoder_from(manifest.encoder_settings or {})
         refuse(directory, "encoder", manifest.encoder, encoder.name)
@@ -180,15 +198,23 @@ def open_index(
     for part, rows in counts.items():
         if rows != manifest.rows:
             raise DataError(f"index {directory} is damaged: {part} has {rows} rows, manifest.json {manifest.rows}")
+    refuse_replaced(directory, content)
     return Index(
         passages=passages,
         vectors=vectors,
         encoder=encoder if manifest.encoder is not None else None,
         lexical=lexical,
         manifest=manifest,
-        identity=hashlib.sha256((directory / "manifest.json").read_bytes()).hexdigest()[:16],
+        identity=hashlib.sha256(content).hexdigest()[:16],
         threads=threads,
     )
+
+
+def refuse_replaced(directory: Path, manifest: bytes) -> None:
+    """What was opened would be old and new files, or the old ones under the new ones' name. Raises DataError."""
+    path = directory / "manifest.json"
+    if not path.is_file() or path.read_bytes() != manifest:
+        raise DataError(f"index {directory} was replaced while it was opened: open it again")
 
 
 def refuse_sizes(directory: Path, manifest: Manifest) -> None:
