@@ -179,7 +179,7 @@ def test_every_lock_is_on_as_the_host_sees_it(pool: Pool):
     waiting, status, deadline = 0, {"Seccomp": "0", "State": ""}, time.monotonic() + 5
     while (status["Seccomp"] == "0" or status["State"][0] != "S") and time.monotonic() < deadline:
         with suppress(ValueError, FileNotFoundError):  # the last call's child is just going, this one's just coming
-            waiting, *_ = [leaf for sandbox in sandboxes() for leaf in leaves(sandbox) if leaf != sandbox]
+            *_, waiting = [leaf for sandbox in sandboxes() for leaf in leaves(sandbox) if leaf != sandbox]
             status = dict(line.split(":\t", 1) for line in Path(f"/proc/{waiting}/status").read_text().splitlines())
     assert {value for name, value in status.items() if name.startswith("Cap")} == {"0" * 16}
     assert (status["NoNewPrivs"], status["Seccomp"], status["NSpid"].split()[-1]) == ("1", "2", "1")
@@ -188,6 +188,15 @@ def test_every_lock_is_on_as_the_host_sees_it(pool: Pool):
         of_the_call = os.readlink(f"/proc/{waiting}/ns/{kind}")
         assert of_the_call != os.readlink(f"/proc/self/ns/{kind}")
         assert (of_the_call == os.readlink(f"/proc/{zygote}/ns/{kind}")) == (kind in ("user", "net"))
+
+
+def test_the_supervisor_has_no_capability_either(pool: Pool):
+    run(pool, "1")
+    supervisors = [leaf for sandbox in sandboxes() for leaf in leaves(sandbox)[:1]]
+    assert supervisors
+    for supervisor in supervisors:
+        lines = Path(f"/proc/{supervisor}/status").read_text().splitlines()
+        assert {line.split()[1] for line in lines if line.startswith("Cap")} == {"0" * 16}
 
 
 def test_no_new_user_namespace_can_be_made(pool: Pool):

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from otcrl.tools.sandbox.execution import Execution, Program, State
-from otcrl.tools.sandbox.inside.zygote import SPARES
+from otcrl.tools.sandbox.inside.supervisor import SPARES
 from otcrl.tools.sandbox.pool import Pool
 from tests.test_sandbox import LIMITS, has_bubblewrap, run
 
@@ -725,6 +725,70 @@ seen, needle.encode() in blocks
     assert run(pool, code).value == "([], False)"
 
 
+LOOK = """
+import re
+found = set()
+def look(text): found.update(re.findall("mark" + "of[a-z]{4}[0-9]", text))
+"""  # for marks; none stands in a spy's own source
+EVERYTHING_IN_SIGHT = """
+import gc, sys
+own, frame = "".join(["mark", "ofspys", "0"]), sys._getframe()
+while frame := frame.f_back:
+    for it in frame.f_locals.values(): look(repr(it))
+gc.enable()
+for it in gc.get_objects():
+    for text in gc.get_referents(it):
+        if isinstance(text, (str, bytes)): look(str(text))
+"""
+ALL_MEMORY = """
+import ctypes, os
+libc, large, (there, here) = ctypes.CDLL(None), bytearray(b"".join([b"mark", b"ofspys", b"0"])) * 50_000, os.pipe()
+libc.sbrk.restype = ctypes.c_void_p
+resident, seen = (ctypes.c_ubyte * 1)(), set()
+for spot in (id(object()), id(os), ctypes.addressof(ctypes.c_char.from_buffer(large)), libc.sbrk(0)):
+    for step in (-4096, 4096):
+        page, gap = spot & -4096, 0
+        while gap < 4000:  # pages, to the next mapping
+            if page not in seen:
+                gap += 1
+                if libc.mincore(ctypes.c_void_p(page), ctypes.c_size_t(1), resident) == 0:
+                    gap = 0
+                    seen.add(page)
+                    if libc.write(here, ctypes.c_void_p(page), ctypes.c_size_t(4096)) == 4096:
+                        look(os.read(there, 4096).decode("latin-1"))
+            page += step
+"""
+
+
+def marked(number: int) -> dict[str, Any]:
+    """A call with marks in all that travels; the file's own is the base64 of something."""
+    return {
+        "code": f"# markofcode{number}\nprint('mark' + 'ofouts{number}')\n'mark' + 'ofvals{number}'",
+        "stdin": f"markoftext{number} " * 50,
+        "files": {f"markofpath{number}": f"markoffile{number}x" * 20_000},
+        "fetch": (f"markofpath{number}",),
+    }
+
+
+@pytest.mark.parametrize("spy", [EVERYTHING_IN_SIGHT, ALL_MEMORY], ids=["frames and objects", "memory"])
+def test_a_program_finds_nothing_of_earlier_calls(spy: str):
+    """Whatever is read on the way to one child must not be in the process of which the next ones are copies."""
+    pool = Pool(1, ["math"], "bubblewrap")
+    try:
+        play(pool, "x = 1", session="markofname1")
+        for number in range(2 * SPARES):
+            done = play(pool, **marked(number))
+            assert (done.stdout, done.value) == (f"markofouts{number}\n", f"'markofvals{number}'")
+            assert done.files
+            time.sleep(0.05)  # for the spares to be forked
+        for _ in range(SPARES + 1):
+            found = play(pool, LOOK + spy + "sorted(found)", timeout_s=60.0, memory_mb=512)
+            assert found.value == "['markofspys0']", found  # which is its own
+            time.sleep(0.05)
+    finally:
+        asyncio.run(pool.close())
+
+
 # -- sessions -----------------------------------------------------------------------------------------
 
 
@@ -835,8 +899,13 @@ def zygotes(bwraps: set[int]) -> list[int]:
     return [zygote for bwrap in bwraps for zygote in children(bwrap)]
 
 
+def supervisors(bwraps: set[int]) -> list[int]:
+    """The first child of each zygote."""
+    return [child for zygote in zygotes(bwraps) for child in children(zygote)[:1]]
+
+
 def children_inside(bwraps: set[int]) -> list[int]:
-    return [child for zygote in zygotes(bwraps) for child in children(zygote)]
+    return [child for zygote in zygotes(bwraps) for child in children(zygote)[1:]]
 
 
 def kill_each(pids: list[int]) -> None:
@@ -845,11 +914,11 @@ def kill_each(pids: list[int]) -> None:
             os.kill(pid, 9)
 
 
-@pytest.mark.parametrize("victim", ["children", "zygotes", "bwraps"])
+@pytest.mark.parametrize("victim", ["children", "supervisors", "zygotes", "bwraps"])
 def test_every_call_ends_when_processes_are_killed_under_load(victim: str):
     """Waiting and running children alike, while 20 calls are in flight on two interpreters."""
     before = sandboxes()
-    find = {"children": children_inside, "zygotes": zygotes, "bwraps": list}[victim]
+    find = {"children": children_inside, "supervisors": supervisors, "zygotes": zygotes, "bwraps": list}[victim]
 
     async def main() -> list[Execution]:
         two = Pool(2, ["math"], "bubblewrap")
@@ -871,6 +940,32 @@ def test_every_call_ends_when_processes_are_killed_under_load(victim: str):
     assert sandboxes() == before
 
 
+@pytest.mark.parametrize("isolation", ["bubblewrap", "none"])
+@pytest.mark.parametrize("victim", ["supervisor", "zygote"])
+def test_either_half_of_an_interpreter_that_dies_takes_all_of_it_along(victim: str, isolation: str):
+    """In mid-call, which then runs in a new one; also where there is no pid namespace to end the rest."""
+    before = sandboxes()
+
+    async def main() -> Execution:
+        pool = Pool(1, ["math"], isolation)
+        await pool.start()
+        [zygote] = zygotes(sandboxes() - before) if isolation == "bubblewrap" else sandboxes() - before
+        halves = {"zygote": zygote, "supervisor": children(zygote)[0]}
+        family = [zygote, *children(zygote)]
+        code = "import time\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass\n1 + 1"
+        call = asyncio.ensure_future(pool.run(Program(code=code, **LIMITS)))  # type: ignore[arg-type]
+        await asyncio.sleep(0.4)
+        os.kill(halves[victim], 9)
+        done = await call
+        assert [pid for pid in family if state_of(pid) not in ("", "Z")] == []
+        await pool.close()
+        return done
+
+    done = asyncio.run(main())
+    assert (done.state, done.value) == (State.OK, "2")
+    assert sandboxes() == before
+
+
 def mounts(pid: int) -> int:
     return Path(f"/proc/{pid}/mountinfo").read_bytes().count(b"\n")
 
@@ -889,9 +984,9 @@ def open_files(pid: int) -> int:
 
 
 def settled(pool: Pool, pids: list[int]) -> list[tuple[int, int, int]]:
-    """`held_by` when the zygote has reaped its last child and just forked its next ones."""
+    """`held_by` when the zygote has, but for the supervisor, just its next children: the last one is reaped."""
     deadline = time.monotonic() + 10
-    while (found := held_by(pids))[1][2] != SPARES and time.monotonic() < deadline:
+    while (found := held_by(pids))[1][2] != 1 + SPARES and time.monotonic() < deadline:
         run(pool, "1")
         time.sleep(0.05)
     return found
@@ -916,7 +1011,7 @@ def test_nothing_leaks():
         for code in programs:
             run(pool, code)
         [bwrap] = sandboxes() - before
-        processes = [os.getpid(), *children(bwrap)]
+        processes = [os.getpid(), *zygotes({bwrap}), *supervisors({bwrap})]
         at_first = settled(pool, processes)
         for number in range(calls):
             name = f"s{number % 5}" if number % 10 == 0 else ""
@@ -924,7 +1019,7 @@ def test_nothing_leaks():
             if name:
                 asyncio.run(pool.end(name))
         assert settled(pool, processes) == at_first
-        assert [os.getpid(), *children(bwrap)] == processes  # the zygote was never started anew
+        assert [os.getpid(), *zygotes({bwrap}), *supervisors({bwrap})] == processes  # never started anew
         assert zombies() == []
         assert not list(Path(tempfile.gettempdir()).glob(f"*{mark}*"))
     finally:

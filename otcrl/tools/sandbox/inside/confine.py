@@ -1,8 +1,8 @@
 """Locks one child up before it runs a program that nobody has read. Standard library only: it runs inside.
 
 The zygote keeps CAP_SYS_ADMIN of the sandbox's own user namespace, to make pid, mount, ipc and uts namespaces for each
-child; the child gives every capability up before it is handed a program. Kernel interfaces: capabilities(7),
-landlock(7), mount(2), prctl(2), seccomp(2), unshare(2).
+child; the supervisor gives every capability up, and so does the child before it is handed a program. Kernel
+interfaces: capabilities(7), landlock(7), mount(2), prctl(2), seccomp(2), unshare(2).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import os
 import resource
+import signal
 import struct
 import sys
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 
 NEW_MOUNTS, NEW_UTS, NEW_IPC, NEW_PIDS = 0x20000, 0x4000000, 0x8000000, 0x20000000
 READ_ONLY, NO_SUID, NO_DEV, NO_EXEC, REMOUNT, BIND = 1, 2, 4, 8, 32, 4096
-PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 4, 22, 24, 36
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER = 1, 4, 22, 24, 36
 PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 38, 47, 4
 SECCOMP_MODE_FILTER = 2
 CAPABILITY_VERSION_3 = 0x20080522
@@ -189,6 +190,18 @@ def lower(limits: dict[int, tuple[int, int]]) -> None:
         if ceiling != resource.RLIM_INFINITY:
             soft, hard = min(soft, ceiling), min(hard, ceiling)
         resource.setrlimit(which, (soft, hard))
+
+
+def hide_memory() -> None:
+    """Nobody without a capability for it may trace this process, read its memory, or open its files through /proc."""
+    checked(prctl(PR_SET_DUMPABLE, 0), "hiding memory")
+
+
+def die_with(parent: int) -> None:
+    """The kernel ends this process when the one that forked it ends, whose pid was `parent`."""
+    checked(prctl(PR_SET_PDEATHSIG, signal.SIGKILL), "a signal at the parent's death")
+    if os.getppid() != parent:  # it is gone already
+        os._exit(70)
 
 
 def first_to_go() -> None:

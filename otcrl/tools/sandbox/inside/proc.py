@@ -1,4 +1,4 @@
-"""What /proc tells of processes: see proc(5). It runs inside, where only the zygote has a way to it."""
+"""What /proc tells of processes: see proc(5). It runs inside, in the zygote and the supervisor: no child sees /proc."""
 
 from __future__ import annotations
 

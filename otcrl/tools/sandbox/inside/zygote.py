@@ -1,8 +1,8 @@
-"""The warmed interpreter that forks a child for each call, watches it and kills it. It runs inside, as pid 1.
+"""The warmed interpreter that forks a child for each call, and reaps it. It runs inside, as pid 1.
 
-One call at a time; the child of the next call is forked and locked up while nobody waits for it. A session's child
-lives on between its calls, stopped. The zygote itself runs no program, and trusts nothing that a child says but its
-exit status and its bytes.
+It runs no program and never sees a caller's data, so no child, each a copy of it, finds any: it only forks and kills as
+the supervisor says, which has a process of its own. The children of the next calls are forked and locked up while
+nobody waits for them.
 """
 
 from __future__ import annotations
@@ -18,31 +18,24 @@ import math
 import os
 import random
 import resource
-import select
 import shutil
 import signal
 import site
+import socket
+import struct
 import sys
 import tempfile
 import threading
-import time
 import traceback
 from dataclasses import dataclass, field
 from typing import Any
 
-from otcrl.tools.sandbox.inside import channel, confine, heap, program
-from otcrl.tools.sandbox.inside.child import Child, Pipes
+from otcrl.tools.sandbox.inside import channel, confine, heap, program, supervisor
+from otcrl.tools.sandbox.inside.child import COMMAND, END, END_ANSWER, FORK, Pipes
 from otcrl.tools.sandbox.inside.proc import Proc
-from otcrl.tools.sandbox.inside.streams import Capture, Report
 
-SAMPLE_S = 0.02  # how often a running call's threads and memory are counted
-SPARES = 4  # children that wait for a program
-# the two ways in which CPython says so
-OUT_OF_MEMORY = ("MemoryError", "SystemError: <built-in function compile> returned NULL")
 FIRST_FREE = 5  # a child's descriptors: 0 to 2, programs, reports
 SESSION_CPU_S = 86400  # of all its calls; each has its own time limit
-PAUSE_S = 1.0  # for a session to come to rest
-GONE, STOPPED = {"Z", "X"}, {"T", "t"}
 
 
 @dataclass
@@ -53,23 +46,35 @@ class Zygote:
     landlock: confine.Landlock | None  # None: the kernel has none
     max_threads: int
     max_sessions: int
-    max_output_bytes: int
     proc: Proc
-    spares: list[Child] = field(default_factory=list)  # of the next calls
-    ended: list[Child] = field(default_factory=list)  # killed and not yet reaped
-    sessions: dict[str, Child] = field(default_factory=dict)
+    supervisor: int = 0  # its pid
+    children: dict[int, str] = field(default_factory=dict)  # pid -> working directory
     mapped_bytes: int = 0  # of the address space, when the last child was forked
 
     def __post_init__(self) -> None:
+        self.pid = os.getpid()
         self.null = os.open(os.devnull, os.O_RDWR)
         while os.dup(self.null) < FIRST_FREE:
             pass  # so that no pipe has a number that a child gives to another
         self.own_pids = os.open("self/ns/pid", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.proc.fd)
 
-    # -- children ------------------------------------------------------------------------------------
+    def serve(self, asks: socket.socket) -> None:
+        """Do as the supervisor asks until it is gone."""
+        with contextlib.suppress(ConnectionError):  # it went without reading an answer
+            while message := asks.recv(COMMAND.size):
+                command, number = COMMAND.unpack(message)
+                if command == FORK:
+                    pids, fds = self.fork(number)
+                    socket.send_fds(asks, [struct.pack(f"={number}i", *pids)], fds)
+                    for fd in fds:
+                        os.close(fd)
+                else:
+                    outcome = self.end(number)
+                    if command == END:
+                        asks.send(END_ANSWER.pack(*outcome))
 
-    def fork(self, count: int) -> list[Child]:
-        """Children that are locked up and wait for a program.
+    def fork(self, count: int) -> tuple[list[int], list[int]]:
+        """Children that are locked up and wait for a program: their pids, and the descriptors of each `Child`.
 
         After a fork this process pays for every page that it writes, hence all forks come one upon the other.
         """
@@ -85,14 +90,15 @@ class Zygote:
             if pid == 0:
                 self.become_child(pipes, directory)
             pids.append(pid)
-        return [
-            Child(pid, os.pidfd_open(pid), *pipes.kept(), None if self.isolated else directory)
-            for pid, pipes, directory in zip(pids, prepared, directories, strict=True)
-        ]
+        self.children.update(zip(pids, directories, strict=True))
+        ends = [(os.pidfd_open(pid), *pipes.kept()) for pid, pipes in zip(pids, prepared, strict=True)]
+        return pids, [fd for each in ends for fd in each]
 
     def become_child(self, pipes: Pipes, directory: str) -> None:
         """Never returns."""
         try:
+            if not self.isolated:  # where the kernel does not end it with its namespace
+                confine.die_with(self.pid)
             os.setsid()
             for number, fd in enumerate((self.null, *pipes.given())):
                 os.dup2(fd, number)
@@ -102,7 +108,7 @@ class Zygote:
                 if self.landlock:
                     confine.restrict_files(self.landlock)
             os.chdir(directory)
-            os.closerange(FIRST_FREE, 65536)  # the zygote's own channel too
+            os.closerange(FIRST_FREE, 65536)  # the zygote's own socket too
             gc.enable()
             if self.isolated:
                 confine.restrict_syscalls(self.seccomp)
@@ -116,178 +122,30 @@ class Zygote:
             baseline_bytes=self.mapped_bytes,
             memory_mb=request["memory_mb"],
             cpu_s=SESSION_CPU_S if request["session"] else math.ceil(request["timeout_s"]) + 1,
-            threads=self.max_threads + 2 + self.max_sessions,  # the kernel counts all children together
+            threads=self.max_threads + 3 + self.max_sessions,  # the kernel counts all children together
         )
 
-    def end(self, child: Child) -> tuple[int, bool]:
+    def end(self, pid: int) -> tuple[int, bool]:
         """Kill it; its wait status, and whether it had used its CPU time up."""
-        os.kill(child.pid, signal.SIGKILL)
-        _, cpu_s = resource.prlimit(child.pid, resource.RLIMIT_CPU)  # it may have lowered it
+        directory = self.children.pop(pid)
+        os.kill(pid, signal.SIGKILL)
+        _, cpu_s = resource.prlimit(pid, resource.RLIMIT_CPU)  # it may have lowered it
         if self.isolated:  # it was pid 1 of its namespace: with it the kernel ends everything there
-            _, status, usage = os.wait4(child.pid, 0)
+            _, status, usage = os.wait4(pid, 0)
         else:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(child.pid, signal.SIGKILL)
-            _, status, usage = os.wait4(child.pid, 0)
-            others = {other.pid for other in (*self.sessions.values(), *self.spares)}
+                os.killpg(pid, signal.SIGKILL)
+            _, status, usage = os.wait4(pid, 0)
+            others = {self.supervisor, *self.children}
             while strays := set(self.proc.children()) - others:  # an orphan comes to us when its parent is gone
-                for pid in strays:
+                for stray in strays:
                     with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                        os.kill(stray, signal.SIGKILL)
                     with contextlib.suppress(ChildProcessError):
-                        os.waitpid(pid, 0)
-        if child.directory is not None:
-            os.chmod(child.directory, 0o700)
-            shutil.rmtree(child.directory, ignore_errors=True)
+                        os.waitpid(stray, 0)
+            os.chmod(directory, 0o700)
+            shutil.rmtree(directory, ignore_errors=True)
         return status, cpu_s != resource.RLIM_INFINITY and usage.ru_utime + usage.ru_stime > cpu_s - 0.1
-
-    def pause(self, child: Child) -> bool:
-        """Stop its threads, as nothing of a session runs between its calls. False if it did not come to rest."""
-        os.kill(child.pid, signal.SIGSTOP)
-        deadline = time.monotonic() + PAUSE_S
-        while set(self.proc.states(child.pid)) - GONE - STOPPED:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.0005)
-        return True
-
-    # -- calls ---------------------------------------------------------------------------------------
-
-    def call(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What the program did. A child that reported is killed here and reaped by `tidy`, which nobody waits for."""
-        start = time.monotonic()
-        name = request["session"]
-        child, is_new = self.child_for(name)
-        out, err = Capture(request["max_bytes"]), Capture(request["max_bytes"])
-        report = Report(12 * request["max_bytes"] + 4096 + (2 * program.MOST_FETCHED if request["fetch"] else 0))
-        streams: dict[int, Capture | Report] = {child.stdout: out, child.stderr: err, child.reports: report}
-        ended = self.watch(child, request, streams)
-        status, had_no_time = 0, False
-        goes_on = ended == "reported" and bool(name) and self.pause(child)
-        if goes_on:
-            self.sessions[name] = child
-        elif ended == "reported" and self.isolated:
-            os.kill(child.pid, signal.SIGKILL)
-            self.ended.append(child)
-        else:
-            status, had_no_time = self.end(child)
-        for fd, stream in streams.items():
-            while stream.take(fd):
-                pass
-        said = report.message(request) or {"code": 1, "value": "", "cut": 0, "files": {}}
-        state, code = verdict(ended, said["code"] if ended == "reported" else os.waitstatus_to_exitcode(status))
-        if state == "killed" and had_no_time:
-            state = "timeout"
-        elif state == "error" and last_line(err.text()).startswith(OUT_OF_MEMORY):
-            state = "memory"
-        if not (goes_on or child in self.ended):
-            child.close()
-        return {
-            "state": state,
-            "code": code,
-            "stdout": out.text(),
-            "stderr": err.text(),
-            "value": said["value"],
-            "files": said["files"],
-            "dropped": max(out.dropped, err.dropped, said["cut"]),
-            "seconds": time.monotonic() - start,
-            "fresh": is_new,
-            "alive": goes_on,
-        }
-
-    def child_for(self, session: str) -> tuple[Child, bool]:
-        """The session's, or one that has run nothing yet; and whether it is new."""
-        child = self.sessions.pop(session, None)
-        if child is not None and not child.is_dead():
-            os.kill(child.pid, signal.SIGCONT)
-            return child, False
-        if child is not None:
-            self.discard(child)
-        while self.spares and self.spares[-1].is_dead():
-            self.discard(self.spares.pop())
-        child = self.spares.pop() if self.spares else self.fork(1)[0]
-        child.resident_bytes = self.proc.resident(child.pid)
-        return child, True
-
-    def discard(self, child: Child) -> None:
-        self.end(child)
-        child.close()
-
-    def wait(self, requests: int) -> set[int]:
-        """The descriptors among which something happened: a request, or the end of a child that was killed."""
-        poller = select.poll()
-        for fd in (requests, *(child.pidfd for child in self.ended)):
-            poller.register(fd, select.POLLIN)
-        return {fd for fd, _ in poller.poll()}
-
-    def tidy(self) -> None:
-        """What can be done while nobody waits: reap the last children, fork the next ones."""
-        while self.ended and (self.ended[0].is_dead() or len(self.ended) > SPARES):
-            self.discard(self.ended.pop(0))
-        if not self.spares:
-            self.spares = self.fork(SPARES)
-
-    def watch(self, child: Child, request: dict[str, Any], streams: dict[int, Capture | Report]) -> str:
-        """Hand the program over and collect output until the child `reported` or, without a word, `exited`;
-        or until it has to be ended: `timeout`, `memory`, `threads` or `output`."""
-        body = memoryview(channel.packed(request))
-        deadline, sample = time.monotonic() + request["timeout_s"], time.monotonic() + SAMPLE_S
-        poller = select.poll()
-        for fd in (child.pidfd, *streams):
-            poller.register(fd, select.POLLIN)
-        poller.register(child.requests, select.POLLOUT)
-        while (left := deadline - time.monotonic()) > 0:
-            ready = [fd for fd, _ in poller.poll(min(left, SAMPLE_S) * 1000)]
-            for fd in ready:
-                if fd in streams:
-                    if not streams[fd].take(fd):
-                        poller.unregister(fd)
-                elif fd == child.requests:
-                    body = body[written(fd, body) :]
-                    if not body:
-                        poller.unregister(fd)
-            if any(isinstance(stream, Report) and stream.is_whole() for stream in streams.values()):
-                return "reported"
-            if child.pidfd in ready:
-                return "exited"
-            if sum(stream.total() for stream in streams.values()) > self.max_output_bytes:
-                return "output"
-            if (now := time.monotonic()) >= sample:
-                if why := self.overuse(child, request):
-                    return why
-                sample = now + SAMPLE_S
-        return "timeout"
-
-    def overuse(self, child: Child, request: dict[str, Any]) -> str | None:
-        """A limit that the kernel does not watch for root, or not in every form that memory has."""
-        if len(self.proc.states(child.pid)) > self.max_threads:
-            return "threads"
-        used = self.proc.resident(child.pid) - child.resident_bytes
-        return "memory" if used > (request["memory_mb"] << 20) + confine.LAST_WORDS_BYTES else None
-
-
-def written(fd: int, content: memoryview) -> int:
-    try:
-        return os.write(fd, content)
-    except BlockingIOError:
-        return 0
-    except BrokenPipeError:  # it is gone, which its pidfd will tell
-        return len(content)
-
-
-def verdict(ended: str, code: int) -> tuple[str, int]:
-    """(`ok`, `error`, `timeout`, `memory`, `threads`, `output`, `signal` or `killed`, exit code or signal)."""
-    if ended not in ("exited", "reported"):
-        return ended, abs(code)
-    if code == -signal.SIGXCPU:
-        return "timeout", -code
-    if code == -signal.SIGKILL:  # pid 1 cannot send it to itself: the CPU limit, or someone outside
-        return "killed", -code
-    return ("signal", -code) if code < 0 else ("error" if code else "ok", code)
-
-
-def last_line(text: str) -> str:
-    return text.rstrip().rpartition("\n")[2]
 
 
 def warm(config: dict[str, Any]) -> Zygote:
@@ -311,7 +169,7 @@ def warm(config: dict[str, Any]) -> Zygote:
     confine.limit_for_good(max(config["scratch"].values()))
     confine.first_to_go()
     confine.prctl(confine.PR_SET_CHILD_SUBREAPER, 1)
-    confine.prctl(confine.PR_SET_DUMPABLE, 0)  # a child may not trace us, nor open our files through /proc
+    confine.hide_memory()
     gc.collect()
     gc.freeze()  # a child that collects would copy every page
     gc.disable()
@@ -329,7 +187,6 @@ def warm(config: dict[str, Any]) -> Zygote:
         landlock=confine.landlock(abi, config["scratch"]) if (abi := confine.landlock_abi()) else None,
         max_threads=config["max_threads"],
         max_sessions=config["max_sessions"],
-        max_output_bytes=config["max_output_bytes"],
     )
 
 
@@ -343,17 +200,12 @@ def main() -> None:
         why = f"cannot import {error.name!r}: {error}" if isinstance(error, ImportError) else str(error)
         channel.send(replies, {"ready": False, "why": why})
         return
-    channel.send(replies, {"ready": True})
-    while True:
-        zygote.tidy()
-        if requests not in zygote.wait(requests):
-            continue  # to reap
-        request = channel.receive(requests)
-        if request is None:
-            return
-        if (name := request.get("close")) is not None:
-            if (child := zygote.sessions.pop(name, None)) is not None:
-                zygote.discard(child)
-            channel.send(replies, {"closed": name})
-        else:
-            channel.send(replies, zygote.call(request))
+    asks, zygotes = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    zygote.supervisor = confine.fork()
+    if zygote.supervisor == 0:
+        asks.close()
+        supervisor.live(config, zygote.proc, zygote=zygotes, parent=zygote.pid, requests=requests, replies=replies)
+    zygotes.close()
+    for fd in (0, requests, replies):  # no caller's data comes here; the numbers stay taken
+        os.dup2(zygote.null, fd)
+    zygote.serve(asks)
