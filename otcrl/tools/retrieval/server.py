@@ -27,7 +27,6 @@ from otcrl.tools.retrieval.batches import Answer, Batches, Memory, Searchable
 from otcrl.tools.retrieval.index import Hit
 
 FAILURES = (OtcrlError, OSError, RuntimeError, ValueError, MemoryError)  # of opening or searching an index
-CLIENT_GONE = 499  # as nginx calls it; seen in /metrics only
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # queries
 ASKED = ("/retrieve", "/search")
 USUAL = 3  # passages of an answer; one with more takes as much memory as several
@@ -264,12 +263,12 @@ class Desk:
         self.index()
         with self.line.place(len(queries)), failures_told(deadline_s):
             asked = asyncio.wrap_future(self.batches.ask_all(queries, topk, time.monotonic() + deadline_s))
-            gone = asyncio.ensure_future(disconnected(request))
+            gone = asyncio.ensure_future(http.disconnected(request))
             try:
                 await asyncio.wait({asked, gone}, timeout=deadline_s, return_when=asyncio.FIRST_COMPLETED)
                 if asked.done():
                     return asked.result()
-                raise HTTPException(CLIENT_GONE, "the client hung up") if gone.done() else TimeoutError
+                raise HTTPException(http.CLIENT_GONE, "the client hung up") if gone.done() else TimeoutError
             finally:
                 gone.cancel()
                 asked.cancel()
@@ -284,11 +283,6 @@ def failures_told(deadline_s: float) -> Iterator[None]:
         raise HTTPException(504, f"no answer within deadline_s={deadline_s:g}") from error
     except FAILURES as error:
         raise HTTPException(503, f"the retriever failed: {error}") from error
-
-
-async def disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def make_app(
