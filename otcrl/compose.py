@@ -36,6 +36,7 @@ REFUSED: dict[str, str] = dict.fromkeys(
     "the learner sees the whole distribution, so it must be sampled from as a whole: there is no such setting, only "
     "rollout.temperature (docs/mismatch.md)",
 )
+KL = ("kl_coef", "kl_reward_coef")  # in the loss, in the reward
 SEVERAL = "logger"  # a group of which several can be chosen: logger=[console,wandb]
 Config = dict[str, Any]  # sections by name; plain values all the way down
 
@@ -175,8 +176,29 @@ def fitting(preset: Config, chosen: Mapping[str, Sequence[str]], search: Sequenc
         own = [keys for name in chosen.get(group, ()) if (keys := keys_of(group, name, search)) is not None]
         if own and isinstance(preset.get(group), dict):
             keys = set().union(*own)
-            fit[group] = {key: value for key, value in preset[group].items() if key in keys}
+            is_another = list(chosen[group]) != effective(preset, group, search)
+            section = of_any_algorithm(preset[group]) if group == "algo" and is_another else preset[group]
+            fit[group] = {key: value for key, value in section.items() if key in keys}
     return fit
+
+
+def of_any_algorithm(section: Config) -> Config:
+    """Without what each algorithm means otherwise: where it clips, and where it charges KL, if it does."""
+    own = {"clip_low", "clip_high"}
+    if any(section.get(key) for key in KL):
+        own |= {*KL}
+    return {key: value for key, value in section.items() if key not in own}
+
+
+def effective(preset: Config, group: str, search: Sequence[Path]) -> list[str]:
+    """A preset's own choice of a group, or that of what it is based on."""
+    bases, choices = defaults(preset)
+    if group in choices:
+        return choices[group]
+    for base in bases:
+        if path := found_in(search, f"experiment/{base}.yaml"):
+            return effective(load(path), group, search)
+    return next((names for name, names in defaults(load(conf_dir() / "config.yaml"))[1].items() if name == group), [])
 
 
 def keys_of(group: str, choice: str, search: Sequence[Path]) -> set[str] | None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from otcrl.errors import ConfigError
+from otcrl.errors import ConfigError, OtcrlError
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from torch import Tensor
@@ -178,6 +178,21 @@ def from_first(value: T, what: str) -> T:
     with deadline(what):
         distributed.broadcast_object_list(box, src=0, group=_State.host_group)
     return box[0]
+
+
+def decided_by_first(decide: Callable[[], T], what: str) -> T:
+    """What the first rank's call has returned, or raised."""
+    found: T | None = None
+    error: OtcrlError | None = None
+    if is_first():
+        try:
+            found = decide()
+        except OtcrlError as caught:
+            error = caught
+    found, error = from_first((found, error), what)
+    if error is not None:
+        raise error
+    return cast(T, found)
 
 
 def add(tensors: Sequence[Tensor], what: str) -> None:

@@ -58,7 +58,7 @@ class Health:
             self({name: value for name, value in row.items() if value is not None})
 
     def _spike(self, norm: float | None) -> str:
-        if norm is None:
+        if not norm:  # 0: nothing was to be learned
             return ""
         usual = median(self._norms) if len(self._norms) >= FIRST else norm
         self._norms.append(norm)

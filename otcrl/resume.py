@@ -11,23 +11,22 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
 from otcrl import checkpoint, dist, sealed
 from otcrl.checkpoint import Checkpoint
 from otcrl.compose import load, to_yaml
-from otcrl.errors import ConfigError, DataError, OtcrlError
+from otcrl.errors import ConfigError, DataError
 from otcrl.loggers.jsonl import drop_from, whole_lines
 from otcrl.settings import leaves
 from otcrl.tell import tell
 
-T = TypeVar("T")
 Config = Mapping[str, Any]
 KEYWORDS = ("auto", "never")
 FREE = (  # settings that change no weight: where, how often and to whom a run tells what, and when it gives up
@@ -58,7 +57,7 @@ class Start:
 
         If the body fails, a directory that was made for it goes, and the run that made room comes back.
         """
-        old = decided_by_first(partial(self._prepare, cfg), "making the run's directory")
+        old = dist.decided_by_first(partial(self._prepare, cfg), "making the run's directory")
         try:
             yield
         except BaseException:  # whatever it is goes on, and finds everything as it was
@@ -85,7 +84,7 @@ def alone(cfg: Config) -> Iterator[None]:
     """Nobody else takes up the run meanwhile. All ranks. Raises ConfigError naming who has it."""
     folder = Path(cfg["run_dir"] if cfg["resume"] in KEYWORDS else cfg["resume"])
     with ExitStack() as held:
-        decided_by_first(lambda: held.enter_context(locked(folder)), "the run's directory")
+        dist.decided_by_first(lambda: held.enter_context(locked(folder)), "the run's directory")
         yield
 
 
@@ -121,27 +120,12 @@ def is_done(cfg: Config) -> bool:
         is_again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         return is_again and cfg["resume"] == "auto" and is_finished(Path(cfg["run_dir"]))
 
-    return decided_by_first(decide, "whether the run is finished")
+    return dist.decided_by_first(decide, "whether the run is finished")
 
 
 def find_start(cfg: Config) -> Start:
     """On all ranks. Raises ConfigError for a run that cannot go on like this."""
-    return decided_by_first(partial(decide, cfg), "where to begin")
-
-
-def decided_by_first(decide: Callable[[], T], what: str) -> T:
-    """What the first rank's call has returned, or raised."""
-    found: T | None = None
-    error: OtcrlError | None = None
-    if dist.is_first():
-        try:
-            found = decide()
-        except OtcrlError as caught:
-            error = caught
-    found, error = dist.from_first((found, error), what)
-    if error is not None:
-        raise error
-    return cast(T, found)
+    return dist.decided_by_first(partial(decide, cfg), "where to begin")
 
 
 def decide(cfg: Config) -> Start:

@@ -27,7 +27,7 @@ from otcrl.loggers.jsonl import say_unwritten
 from otcrl.protocols import Algorithm, Engine, RewardFn, Task
 from otcrl.rollout.collect import Collector, Progress
 from otcrl.rollout.schedule import Group, Rollouts, together
-from otcrl.rollout.scoring import check_void, has_signal, score
+from otcrl.rollout.scoring import check_void, has_signal, score, score_alike
 from otcrl.rollout.stream import joined
 from otcrl.rollout.transcripts import Signal, Transcript, Transcripts, signals
 from otcrl.saver import Saver
@@ -116,7 +116,8 @@ async def train_step(step: int, run: Run) -> Metrics:
         harvest = together(await run.thread(dist.gather, harvest.plain, f"step {step}: the other ranks' rollouts"))
     check_void(harvest.groups, run.loop.max_void_share)
     clock.lap("rollout")
-    score(run.reward, [group for group in harvest.groups if group.scored is None])
+    unscored = [group for group in harvest.groups if group.scored is None]
+    await run.thread(score_alike, run.reward, unscored) if dist.size() > 1 else score(run.reward, unscored)
     seen = rollout_metrics(harvest.groups) | harvest.metrics()
     scored_PG = [group.scored for group in harvest.groups if group.scored]
     tokens = sum(len(t.token_ids) for group in scored_PG for t, _ in group)

@@ -86,12 +86,16 @@ def on_disk(params: str, folder: Path) -> DeepSpeed:
 
 
 class ByLength(OTCReward):
-    """Every group has a signal, so that there is an update, whatever a model of a few seconds writes."""
+    """Every group has a signal, so that there is an update, whatever a model of a few seconds writes.
+
+    Only on the first rank: judges may be of two minds, and then the others must learn from that one's rewards.
+    """
 
     def __call__(self, trajectories_PG: Sequence[Sequence[Trajectory]]) -> list[list[Reward]]:
         rewards_PG = super().__call__(trajectories_PG)
         pairs = (zip(*both, strict=True) for both in zip(trajectories_PG, rewards_PG, strict=True))
-        return [[replace(r, value=len(t.token_ids) / 100) for t, r in group] for group in pairs]
+        price = 0.01 if dist.is_first() else 0.0
+        return [[replace(r, value=len(t.token_ids) * price) for t, r in group] for group in pairs]
 
 
 def outcome(algo_name: str, learner: Any) -> dict[str, Any]:

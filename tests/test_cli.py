@@ -113,6 +113,29 @@ def test_every_preset_trains_with_every_algorithm_by_one_word(algo: str):
         assert settings.get("kl_coef", 0.0) == 0.0, "what it says of both is kept"
 
 
+@pytest.mark.parametrize("algo", [path.stem for path in (ROOT / "conf/algo").glob("*.yaml")])
+def test_another_algorithm_on_a_published_preset_clips_and_charges_kl_in_its_own_way(algo: str):
+    """GRPO's 0.2 would be no clip at all for GSPO, and all of it for CISPO; and PPO has its KL in the reward."""
+    known = yaml.safe_load((ROOT / f"conf/algo/{algo}.yaml").read_text())
+    own = {name: value for name, value in known.items() if name.startswith(("clip_", "kl_"))}
+    for preset in ("search_r1_grpo", "otc_grpo_search", "search_r1_ppo"):
+        settings = cli.run_config([f"conf={preset}", f"algo={algo}"])["algo"]
+        assert {name: settings[name] for name in own} == own, preset
+
+
+def test_a_published_preset_keeps_its_own_algorithms_settings():
+    ppo = cli.run_config(["conf=search_r1_ppo"])["algo"]
+    assert (ppo["kl_reward_coef"], ppo["kl_coef"], ppo["entropy_coef"], ppo["weighting"]) == (
+        0.001,
+        0.0,
+        0.001,
+        "token",
+    )
+    assert cli.run_config(["conf=torl_ppo"])["algo"]["kl_reward_coef"] == 0.0
+    grpo = cli.run_config(["conf=otc_grpo_search", "algo=grpo"])["algo"]
+    assert grpo == cli.run_config(["conf=otc_grpo_search"])["algo"]
+
+
 def test_what_is_typed_is_never_left_out():
     with pytest.raises(ConfigError, match=r"algo\.weighting is not a setting"):
         cli.run_config(["conf=quickstart", "algo=rloo", "algo.weighting=token"])

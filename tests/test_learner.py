@@ -520,3 +520,19 @@ def test_only_what_is_trained_lies_on_a_disk(tmp_path):
     config = settings.untrained().config(torch.float32, 1.0)
     assert "offload_optimizer" not in config["zero_optimization"]
     assert not list(tmp_path.iterdir())
+
+
+def test_values_are_of_float32_though_the_body_computes_in_bfloat16():
+    """They go into GAE and are clipped: eight bits are too few."""
+    ids_1T = torch.tensor([[5, 6, 7, 8]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert Critic(copy.deepcopy(POLICY).float())(ids_1T).dtype == torch.float32
+
+
+def test_kl_is_told_where_there_is_a_reference_and_nowhere_else():
+    """Without one its log-probs are those from before the update: that is another distance."""
+    for algo, is_told in ((grpo(kl_coef=0.0), False), (grpo(kl_coef=0.1), True)):
+        learner = make_learner(algo)
+        batch = random_batch(rows=4, columns=12)
+        scores = learner.score(batch)
+        assert ("update/kl" in learner.update(0, batch, scores, algo.targets(batch, scores), algo)) is is_told

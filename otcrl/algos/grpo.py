@@ -52,5 +52,6 @@ class GRPO:
         policy = F.clipped_surrogate(*span)
         kl = F.kl_k3(new.logprobs, scores.ref_logprobs)
         loss = policy + self.kl_coef * kl - self.entropy_coef * new.entropy
-        stats = {"policy_loss": policy, "kl": kl, "entropy": new.entropy, "clip_fraction": F.clip_fraction(*span)}
+        stats = {"policy_loss": policy, "entropy": new.entropy, "clip_fraction": F.clip_fraction(*span)}
+        stats |= {"kl": kl} if self.needs_reference else {}
         return TokenLoss(loss, stats)

@@ -56,5 +56,6 @@ class PPO:
         value = F.clipped_value_loss(new.values, scores.values, targets.returns, self.value_clip)
         kl = F.kl_k3(new.logprobs, scores.ref_logprobs)
         loss = policy + self.value_coef * value + self.kl_coef * kl - self.entropy_coef * new.entropy
-        stats = {"policy_loss": policy, "value_loss": value, "kl": kl, "entropy": new.entropy}
+        stats = {"policy_loss": policy, "value_loss": value, "entropy": new.entropy}
+        stats |= {"kl": kl} if self.needs_reference else {}
         return TokenLoss(loss, stats | {"clip_fraction": F.clip_fraction(*span)})

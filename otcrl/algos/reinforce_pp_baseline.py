@@ -49,5 +49,6 @@ class ReinforcePPBaseline:
         span = (new.logprobs, scores.old_logprobs, targets.advantages, self.clip_low, self.clip_high)
         policy = F.clipped_surrogate(*span)
         kl = F.kl_k2(new.logprobs, scores.ref_logprobs)
-        stats = {"policy_loss": policy, "kl": kl, "entropy": new.entropy, "clip_fraction": F.clip_fraction(*span)}
+        stats = {"policy_loss": policy, "entropy": new.entropy, "clip_fraction": F.clip_fraction(*span)}
+        stats |= {"kl": kl} if self.needs_reference else {}
         return TokenLoss(policy + self.kl_coef * kl, stats)

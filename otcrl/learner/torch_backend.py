@@ -66,7 +66,7 @@ class TorchBackend:
         if dist.size() > 1:
             add_gradients(parameters, what)
         norm = nn.utils.clip_grad_norm_(parameters, self._max_grad_norm).item()
-        if math.isfinite(norm):
+        if math.isfinite(norm) and norm > 0:  # 0: nothing was to be learned, on however many ranks; no momentum either
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()

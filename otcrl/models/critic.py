@@ -30,7 +30,8 @@ class Critic(nn.Module):
         """`packed` holds the rows as far as actions depend on them; values past that mean nothing."""
         inputs = {"input_ids": token_ids_BT, "use_cache": False} if packed is None else packed.inputs()
         hidden = self.body(**inputs).last_hidden_state
-        values_BT = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):  # the body's affair, if it is on
+            values_BT = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
         if packed is not None:
             values_BT = values_BT[0].take(packed.where_BT)
         T = token_ids_BT.shape[1]

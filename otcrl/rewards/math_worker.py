@@ -2,7 +2,8 @@
 
 math-verify limits its own time with `signal.alarm`. That works in the main thread only, replaces other
 people's timers there, and cannot interrupt one long C call (`9**9**9`). So it runs as the main thread
-of a process of its own: its alarms work, and when they do not, the process is killed.
+of a process of its own, under a limit of CPU time, as a busy machine must not make right answers wrong; and when that
+does not end it, the process is killed.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import atexit
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from otcrl.errors import ConfigError
 
 DEADLINE_S = 10.0  # for one comparison, all of it; then the answer is wrong and the process is replaced
 _START_S = 120.0  # importing the algebra system on a busy machine
 _MEMORY_BYTES = 4 * 2**30  # address space of the process
-_STEP_S = 3  # math-verify's own limit for each parse and each comparison
+_CPU_S = 6.0  # of one comparison
 
 
 class MathWorker:
@@ -109,19 +113,38 @@ def _serve() -> None:
     except ImportError:
         return reply("missing")
     _limit_memory()
+    _equal(r"\frac{1}{2}", "0.5")  # loads the rest: the first question is not to pay for it
     reply("ready")
     for line in sys.stdin:
         answer, gold = json.loads(line)
-        reply("equal" if _equal(answer, gold) else "different")
+        is_equal = False
+        with _limited(_CPU_S):
+            is_equal = _equal(answer, gold)
+        reply("equal" if is_equal else "different")
 
 
 def _equal(answer: str, gold: str) -> bool:
-    """math-verify's verdict. It treats its own timeouts and parse errors as "different"."""
+    """math-verify's verdict. It treats what it cannot parse, or not in time, as "different"."""
     from math_verify import parse, verify
 
-    parsed_gold = parse(_latex(gold), parsing_timeout=_STEP_S)
-    parsed_answer = parse(_latex(answer), parsing_timeout=_STEP_S)
-    return bool(verify(parsed_gold, parsed_answer, timeout_seconds=_STEP_S))
+    parsed_gold, parsed_answer = (parse(_latex(text), parsing_timeout=0) for text in (gold, answer))
+    return bool(verify(parsed_gold, parsed_answer, timeout_seconds=0))
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """TimeoutError is raised where the body is when it has used that much CPU time, and again until it has ended."""
+
+    def out_of_time(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGPROF, out_of_time)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
+    try:
+        with suppress(TimeoutError):
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _latex(text: str) -> str:

@@ -5,18 +5,43 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from otcrl import dist
 from otcrl.errors import TrainingError
 from otcrl.protocols import RewardFn
 from otcrl.rollout.schedule import Group
-from otcrl.types import Outcome, Stop, Trajectory
+from otcrl.types import Outcome, Reward, Stop, Trajectory
+
+
+def score_alike(reward: RewardFn, groups: Sequence[Group]) -> None:
+    """The same, and on every rank the same rewards: the first judges, as judges may be slow, and of two minds.
+
+    Were they not the same, ranks would take other rows for those that act, and learn some twice and some never.
+    """
+
+    def judged() -> tuple[list[list[Reward]], dict[str, float]]:
+        score(reward, groups)
+        return [[earned for _, earned in group.scored or []] for group in groups], reward.state_dict()
+
+    if dist.size() == 1:
+        return score(reward, groups)
+    rewards_PG, state = dist.decided_by_first(judged, "rewards")
+    if not dist.is_first():
+        for group, rewards in zip(groups, rewards_PG, strict=True):
+            group.scored = list(zip(counted(group), rewards, strict=True))
+        reward.load_state_dict(state)
 
 
 def score(reward: RewardFn, groups: Sequence[Group]) -> None:
     """Gives every trajectory that counts its reward. Groups are scored together: they may be compared."""
-    counted_PG = [[t for t in group.trajectories if t.stop is not Stop.VOID and any(t.action_mask)] for group in groups]
-    rewards = iter(reward([counted for counted in counted_PG if counted]))
-    for group, counted in zip(groups, counted_PG, strict=True):
-        group.scored = list(zip(counted, next(rewards), strict=True)) if counted else []
+    counted_PG = [counted(group) for group in groups]
+    rewards = iter(reward([own for own in counted_PG if own]))
+    for group, own in zip(groups, counted_PG, strict=True):
+        group.scored = list(zip(own, next(rewards), strict=True)) if own else []
+
+
+def counted(group: Group) -> list[Trajectory]:
+    """Those of its trajectories that earn something."""
+    return [t for t in group.trajectories if t.stop is not Stop.VOID and any(t.action_mask)]
 
 
 def has_signal(reward: RewardFn, group: Group) -> bool:
