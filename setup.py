@@ -23,8 +23,8 @@ EXTRAS = {
         *WORDS,
         *PROGRAMS,
     ],
-    # ZeRO over several ranks (learner.backend=deepspeed), and LoRA adapters. Before 0.19.7 ZeRO in bfloat16 took a step with
-    # gradients that are not finite.
+    # ZeRO over several ranks (learner.backend=deepspeed), and LoRA adapters. Before 0.19.7 ZeRO in bfloat16 took a step
+    # with gradients that are not finite.
     "scale": ["deepspeed>=0.19.8", "peft>=0.11"],
     # Competition math: is this answer equal to that one?
     "math": ["math-verify>=0.7"],
