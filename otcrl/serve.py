@@ -272,9 +272,9 @@ class RetrievalServer:
 
     def batches(self) -> Batches:
         """Where queries wait and answers are remembered."""
-        from otcrl.tools.retrieval.server import ServedBatches
+        from otcrl.tools.retrieval.batches import Batches
 
-        return ServedBatches(self.open, self.max_batch, self.max_wait_s, self.cache_size)
+        return Batches(self.open, self.max_batch, self.max_wait_s, self.cache_size)
 
     def open(self) -> Searchable:
         """The index with an encoder of its own, warm: it has answered a query. Raises DataError."""

@@ -19,6 +19,7 @@ from otcrl.errors import ToolUnavailable
 from otcrl.tools.retrieval.corpus import Passage
 from otcrl.tools.retrieval.index import Hit
 
+USUAL = 3  # passages of an answer; one with more takes as much memory as several
 T = TypeVar("T")
 
 
@@ -96,10 +97,14 @@ Batch = OrderedDict[str, list[tuple[Request, int]]]  # query -> who asked, as wh
 
 @dataclass(slots=True)
 class Memory:
-    """What was found for the last `size` keys: query, topk, identity of the index."""
+    """What was found for the last keys: query, topk, identity of the index.
+
+    `size` answers of `USUAL` passages or less: passages take the room, and a caller may ask for a hundred at a time.
+    """
 
     size: int
     found: OrderedDict[tuple[str, int, str], Sequence[Hit]] = field(default_factory=OrderedDict)  # oldest use first
+    held: int = 0  # passages, at least USUAL for an answer
 
     def get(self, key: tuple[str, int, str]) -> Sequence[Hit] | None:
         if key in self.found:
@@ -107,9 +112,16 @@ class Memory:
         return self.found.get(key)
 
     def add(self, key: tuple[str, int, str], hits: Sequence[Hit]) -> None:
+        if weight(hits) > self.size * USUAL:
+            return  # else all others would go for it
+        self.held += weight(hits) - (weight(self.found.pop(key)) if key in self.found else 0)
         self.found[key] = hits
-        while len(self.found) > self.size:
-            self.found.popitem(last=False)
+        while self.held > self.size * USUAL:
+            self.held -= weight(self.found.popitem(last=False)[1])
+
+
+def weight(hits: Sequence[Hit]) -> int:
+    return max(USUAL, len(hits))
 
 
 class Batches:

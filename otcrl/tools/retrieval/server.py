@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated
@@ -23,13 +23,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from otcrl.errors import OtcrlError
 from otcrl.tools import http
 from otcrl.tools.http import BUCKETS, Line, Meters, ascii_json, refusals, wrong_field
-from otcrl.tools.retrieval.batches import Answer, Batches, Memory, Searchable
-from otcrl.tools.retrieval.index import Hit
+from otcrl.tools.retrieval.batches import Answer, Batches, Searchable
 
 FAILURES = (OtcrlError, OSError, RuntimeError, ValueError, MemoryError)  # of opening or searching an index
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # queries
 ASKED = ("/retrieve", "/search")
-USUAL = 3  # passages of an answer; one with more takes as much memory as several
 REFUSED = refusals(400, 401, 413, 429, 503, 504)
 
 
@@ -129,36 +127,6 @@ def retrieved(answer: Answer, with_scores: bool) -> Sequence[dict[str, object]]:
 def found(answer: Answer) -> list[dict[str, object]]:
     hits = ((hit.passage, hit.score) for hit in answer.hits)
     return [{"id": it.id, "title": it.title, "text": it.text, "score": score} for it, score in hits]
-
-
-# -- what is remembered -----------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class PassageMemory(Memory):
-    """`size` counts passages, which are what takes room: a caller may ask for a hundred at a time."""
-
-    held: int = 0
-
-    def add(self, key: tuple[str, int, str], hits: Sequence[Hit]) -> None:
-        if weight(hits) > self.size:
-            return  # else all others would go for it
-        self.held += weight(hits) - (weight(self.found.pop(key)) if key in self.found else 0)
-        self.found[key] = hits
-        while self.held > self.size:
-            self.held -= weight(self.found.popitem(last=False)[1])
-
-
-def weight(hits: Sequence[Hit]) -> int:
-    return max(USUAL, len(hits))
-
-
-class ServedBatches(Batches):
-    """Remembers `cache_size` answers of three passages or less; one of thirty counts as ten."""
-
-    def __init__(self, open: Callable[[], Searchable], max_batch: int, max_wait_s: float, cache_size: int) -> None:
-        super().__init__(open, max_batch, max_wait_s, cache_size=0)
-        self._memory = PassageMemory(cache_size * USUAL)
 
 
 # -- what is measured -------------------------------------------------------------------------------
