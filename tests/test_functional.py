@@ -99,6 +99,11 @@ def test_clipped_surrogate_gradient_is_the_finite_difference(seed):
         assert new.grad[i].item() == pytest.approx(((high - low) / 2e-6).item(), abs=1e-5)
 
 
+def test_a_bounded_weight_is_counted_whatever_the_advantage():
+    ratio = torch.tensor([20.0, 1.5, 1.0, 0.1])
+    assert F.bound_fraction(ratio.log(), torch.zeros(4), 0.5, 1.0).tolist() == [1, 0, 0, 1]
+
+
 def test_clipped_surrogate_and_clip_fraction_case_by_case():
     ratio = torch.tensor([1.5, 1.5, 0.5, 0.5, 1.1])
     adv = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])

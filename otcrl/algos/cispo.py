@@ -41,5 +41,6 @@ class CISPO:
     def token_loss(self, new: Forward, batch: Batch, scores: Scores, targets: Targets) -> TokenLoss:
         span = (new.logprobs, scores.old_logprobs, targets.advantages, self.clip_low, self.clip_high)
         policy = F.clipped_weight(*span)
-        stats = {"policy_loss": policy, "entropy": new.entropy, "clip_fraction": F.clip_fraction(*span)}
+        clipped = F.bound_fraction(new.logprobs, scores.old_logprobs, self.clip_low, self.clip_high)
+        stats = {"policy_loss": policy, "entropy": new.entropy, "clip_fraction": clipped}
         return TokenLoss(policy, stats)

@@ -117,6 +117,12 @@ def clip_fraction(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, lo
     return (((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))).float()
 
 
+def bound_fraction(logprobs: Tensor, old_logprobs: Tensor, low: float, high: float) -> Tensor:
+    """1 where the weight of `clipped_weight` is bounded, whatever the advantage: the token has a gradient all the same."""
+    ratio = (logprobs - old_logprobs).exp()
+    return ((ratio > 1 + high) | (ratio < 1 - low)).float()
+
+
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
     """0.5 * max((V - R)^2, (clip(V, V_old +- clip) - R)^2), as in the OpenAI baselines PPO2."""
     near = old_values + (values - old_values).clamp(-clip, clip)
