@@ -118,7 +118,7 @@ def clip_fraction(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, lo
 
 
 def bound_fraction(logprobs: Tensor, old_logprobs: Tensor, low: float, high: float) -> Tensor:
-    """1 where the weight of `clipped_weight` is bounded, whatever the advantage: the token has a gradient all the same."""
+    """1 where the weight of `clipped_weight` is bounded, whatever the advantage: the token has a gradient still."""
     ratio = (logprobs - old_logprobs).exp()
     return ((ratio > 1 + high) | (ratio < 1 - low)).float()
 
