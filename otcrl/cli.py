@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from otcrl import __version__
 from otcrl.errors import ConfigError, OtcrlError, nearest
 from otcrl.manual import COMMANDS, SWEEP, manual, overview
 from otcrl.presets import find_preset, options, presets
+from otcrl.tell import tell
 
 if TYPE_CHECKING:
     from otcrl.compose import Config
@@ -36,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"otcrl: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        tell(f"error: {error.strerror}{where}: make room; a run goes on by the same command")
+        return 1
     except KeyboardInterrupt:
         print("otcrl: interrupted", file=sys.stderr)
         return 130

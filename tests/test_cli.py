@@ -1,5 +1,6 @@
 """The `otcrl` command: help at once, presets and overrides composed, one clear line for every mistake."""
 
+import errno
 import os
 import shutil
 import signal
@@ -282,6 +283,27 @@ def test_the_traceback_is_there_for_who_asks():
     )
     assert done.stderr.startswith("Traceback")
     assert done.stderr.splitlines()[-1] == "otcrl: error: there is no command 'trian'. Did you mean 'train'?"
+
+
+def test_a_full_disk_is_one_line_and_other_errors_of_files_are_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Between checkpoints, say while the cold start's model is written."""
+
+    def full(*words: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/a/sft")
+
+    monkeypatch.setitem(cli.RUN, "doctor", full)
+    assert cli.main(["doctor"]) == 1
+    said = "otcrl: error: No space left on device (runs/a/sft): make room; a run goes on by the same command\n"
+    assert capsys.readouterr().err == said
+
+    def broken(*words: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setitem(cli.RUN, "doctor", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        cli.main(["doctor"])
 
 
 def test_an_interrupt_is_one_line_and_exit_code_130(demo: Path):
