@@ -984,11 +984,18 @@ def open_files(pid: int) -> int:
 
 
 def settled(pool: Pool, pids: list[int]) -> list[tuple[int, int, int]]:
-    """`held_by` when the zygote has, but for the supervisor, just its next children: the last one is reaped."""
-    deadline = time.monotonic() + 10
-    while (found := held_by(pids))[1][2] != 1 + SPARES and time.monotonic() < deadline:
-        run(pool, "1")
+    """`held_by` when the zygote has, but for the supervisor, just its next children: the last one is reaped.
+
+    Twice the same: when the children are there it still holds for a moment the pipes that it gives away.
+    """
+    deadline, found = time.monotonic() + 10, held_by(pids)
+    while time.monotonic() < deadline:
+        if found[1][2] != 1 + SPARES:
+            run(pool, "1")
         time.sleep(0.05)
+        before, found = found, held_by(pids)
+        if found == before and found[1][2] == 1 + SPARES:
+            break
     return found
 
 
