@@ -25,6 +25,15 @@ FILES = "${{oc.env:OTCRL_DATA}}/{}/train.jsonl.gz"
 PPO = ["algo=ppo", "algo.kl_reward_coef=0.0", "rollout.group_size=1"]  # with a body of its own for the critic
 HOTPOTQA = [f"task.train=[{FILES.format('hotpotqa')}]", "task.in_domain=[hotpotqa]"]  # guessing seldom pays there
 
+SEARCH = (
+    *("conf=smollm2_search", "task.seed=0", "task.max_test=100"),
+    f"task.train=[{FILES.format('hotpotqa')},{FILES.format('2wikimultihopqa')}]",
+    "task.in_domain=[hotpotqa,2wikimultihopqa]",  # MuSiQue is held out
+    *("tools.search.topk=1", "task.demo_passages=1"),  # one passage of 40 words: half the tokens of two of 30
+    *("tools.search.max_passage_words=40", "task.demo_max_words=40"),
+)
+RL_SEARCH = ("loop.steps=32", "model.dtype=bfloat16", "learner.policy_optimizer.lr=3e-5")
+
 
 @dataclass(frozen=True, kw_only=True)
 class World:
@@ -74,15 +83,9 @@ WORLDS = {
         seeds={"torl_grpo": (0, 1), "otc_grpo": (0, 1)},
     ),
     "search": World(
-        settings=(
-            *("conf=smollm2_search", "task.seed=0", "task.max_test=100"),
-            f"task.train=[{FILES.format('hotpotqa')},{FILES.format('2wikimultihopqa')}]",
-            "task.in_domain=[hotpotqa,2wikimultihopqa]",  # MuSiQue is held out
-            *("tools.search.topk=1", "task.demo_passages=1"),  # one passage of 40 words: half the tokens of two of 30
-            *("tools.search.max_passage_words=40", "task.demo_max_words=40"),
-        ),
+        settings=SEARCH,
         start=("sft.steps=80",),
-        training=("loop.steps=32", "model.dtype=bfloat16", "learner.policy_optimizer.lr=3e-5"),
+        training=RL_SEARCH,
         systems={
             "search_r1_grpo": ["reward=outcome"],
             "otc_grpo": ["reward=otc_grpo", "reward.c=4.0"],
@@ -101,6 +104,13 @@ WORLDS = {
             "search_r1_grpo_hotpotqa": (0, 1),
             "otc_grpo_hotpotqa": (0, 1),
         },
+    ),
+    "overcalling": World(  # search from a start that over-calls: 0.75 of its demonstrations search once too often
+        settings=SEARCH,
+        start=("sft.steps=80", "task.demo_direct=0.15", "task.demo_extra=0.75"),
+        training=RL_SEARCH,
+        systems={"search_r1_grpo": ["reward=outcome"], "otc_grpo": ["reward=otc_grpo", "reward.c=10.0"]},
+        seeds={"search_r1_grpo": (0, 1), "otc_grpo": (0, 1)},
     ),
 }
 
