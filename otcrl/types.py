@@ -67,7 +67,7 @@ class ToolCall:
 
     tool: str
     arguments: str
-    result: str  # text that the policy was shown
+    result: str  # as much of it as the policy was shown; why nothing came back, where the outcome is INFRA_ERROR
     outcome: Outcome
     seconds: float = 0.0
     price: float = 0.0  # money; 0 where the tool is free

@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 from torch import Tensor
 
+from otcrl.dialects.prompting import Prompting
 from otcrl.dialects.search_r1 import SearchR1
 from otcrl.errors import DataError, EngineError, ToolUnavailable
 from otcrl.models.tiny import word_tokenizer
 from otcrl.protocols import Completion, ToolResult
+from otcrl.rewards.format import FormatReward
 from otcrl.rollout.collect import Collector, Progress, stable_seed
 from otcrl.rollout.loop import Limits, Player, whole_lines
 from otcrl.types import Outcome, Problem, Stop, Trajectory, count_calls
@@ -244,6 +246,29 @@ def test_a_cut_observation_ends_with_a_whole_passage_if_one_fits(cut: str, text:
 def test_observations_are_cut_to_their_limit():
     t = play(Script(CALL, ANSWER), Search(result="a b c a b c"))
     assert injected(t)[3:] == "<information> a b c </information>".split()
+
+
+@pytest.mark.parametrize(("shown", "retrieved"), [("b c a c c", 1.0), ("c c c b", 0.0)])
+def test_a_reward_reads_of_a_result_what_the_policy_was_shown(shown: str, retrieved: float):
+    t = play(Script(CALL, ANSWER), Search(result=shown))
+    assert t.tool_calls[0].result == " ".join(shown.split()[:3])
+    reward = FormatReward(
+        correct=lambda answer, of: 0.0, structure=0.2, final=0.1, retrieval=0.1,
+        rules="sequence", calls=["search"], result="information",
+    )  # fmt: skip
+    ((earned,),) = reward([[t]])
+    assert earned.parts["retrieved"] == retrieved
+
+
+def test_of_what_is_looked_up_for_the_prompt_the_record_holds_what_the_prompt_shows():
+    dialect = Prompting(
+        instructions="who {passages} {question}", opening="", observation_template="{result}", tool="search",
+        each_sentence=False,
+    )  # fmt: skip
+    who = replace(player(Script(ANSWER), Search(result="a b c b")), dialect=dialect)
+    t = asyncio.run(who.play(PROBLEM, temperature=1.0, seed=7, session="s"))
+    assert t.tool_calls[0].result == "a b c"
+    assert injected(t) == "<bos> who a b c who ?".split()
 
 
 def test_a_tool_that_is_down_makes_the_trajectory_void():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from otcrl.errors import DataError, ToolUnavailable
 from otcrl.protocols import (
@@ -190,7 +190,8 @@ class Player:
             return Stop.MAX_CALLS
         if done.outcome is Outcome.INFRA_ERROR:
             return Stop.VOID
-        prompt = self.dialect.prompt_with(problem, self._cut(done.result))
+        draft.calls[-1] = done = replace(done, result=self._cut(done.result))
+        prompt = self.dialect.prompt_with(problem, done.result)
         draft.open(self.tokenizer.prompt_ids(prompt), self.tokenizer.encode(opening))
         return None
 
@@ -238,7 +239,10 @@ class Player:
                 return Stop.MAX_CALLS
             if call.outcome is Outcome.INFRA_ERROR:
                 return Stop.VOID
-        draft.inject(self._observation([call.result for call in draft.calls[before:]]))
+        made = draft.calls[before:]
+        ids, shown = self._observation([call.result for call in made])
+        draft.calls[before:] = [replace(call, result=text) for call, text in zip(made, shown, strict=True)]
+        draft.inject(ids)
         return None
 
     async def _call(self, draft: Draft, asked: Call | Malformed, text: str, session: str) -> ToolCall:
@@ -254,13 +258,13 @@ class Player:
         draft.waits_for = None
         return call
 
-    def _observation(self, results: list[str]) -> list[int]:
-        """Ids that carry results. Tokenizing is most of what a rollout costs here: once, where nothing must be cut."""
+    def _observation(self, results: list[str]) -> tuple[list[int], list[str]]:
+        """Ids that carry results, and what they show of each: a reward must not pay for what was cut off."""
         whole = self.tokenizer.encode(self.dialect.observation(*results))
-        if len(whole) <= self.limits.max_observation_tokens:
-            return whole
+        if len(whole) <= self.limits.max_observation_tokens:  # tokenizing is most of what a rollout costs here
+            return whole, results
         shown = [self._cut(result) for result in results]
-        return whole if shown == results else self.tokenizer.encode(self.dialect.observation(*shown))
+        return whole if shown == results else self.tokenizer.encode(self.dialect.observation(*shown)), shown
 
     def _cut(self, result: str) -> str:
         """As much of a result as the policy is shown."""
