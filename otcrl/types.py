@@ -88,6 +88,7 @@ class Trajectory:
     violations: tuple[str, ...]  # format rules broken in the sampled text; empty = well-formed
     stop: Stop
     response: str  # everything after the prompt, decoded for people; never encoded again
+    turns: tuple[str, ...] = ()  # of it what was sampled, a text for each completion; results stand between them
     timings: Metrics = field(default_factory=dict)  # seconds: generate_s, tool_s
 
     def __post_init__(self) -> None:

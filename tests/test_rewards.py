@@ -461,8 +461,8 @@ def format_reward(**other) -> FormatReward:
 
 
 def test_a_format_reward_judges_the_response_by_the_state_machine_or_by_the_dialect():
-    sound = replace(trajectory(), response="<think> d </think> <answer> paris </answer>")
-    broken = replace(trajectory(violations=("2 answers",)), response="paris <answer> paris </answer>")
+    sound = replace(trajectory(), turns=("<think> d </think> <answer> paris </answer>",))
+    broken = replace(trajectory(violations=("2 answers",)), turns=("paris <answer> paris </answer>",))
     assert values(format_reward(), [sound, broken]) == [[1.0, 0.8]]
     swapped = [replace(sound, violations=("2 answers",)), replace(broken, violations=())]
     assert values(format_reward(rules="dialect"), swapped) == [[0.8, 1.0]]
@@ -474,6 +474,6 @@ def test_a_format_reward_judges_the_response_by_the_state_machine_or_by_the_dial
 def test_what_was_retrieved_is_looked_for_in_whole_words(answer, seen, value):
     t = trajectory(right=False, of=problem(answer=answer))
     t = replace(
-        t, response="<think> d </think> <answer> x </answer>", tool_calls=(ToolCall("search", "q", seen, Outcome.OK),)
+        t, turns=("<think> d </think> <answer> x </answer>",), tool_calls=(ToolCall("search", "q", seen, Outcome.OK),)
     )
     assert values(format_reward(), [t])[0] == pytest.approx([value])

@@ -21,7 +21,7 @@ from otcrl.types import Outcome, Problem, Stop, Trajectory, count_calls
 
 WORDS = [
     "b </answer>",
-    *"who ? a b c <search> </search> <answer> </answer> <information> </information> Error:".split(),
+    *"who ? a b c <think> </think> <search> </search> <answer> </answer> <information> </information> Error:".split(),
 ]  # the first can be sampled, and is two tokens when its text is encoded
 TOKENIZER = word_tokenizer(WORDS)
 DIALECT = SearchR1(
@@ -248,16 +248,35 @@ def test_observations_are_cut_to_their_limit():
     assert injected(t)[3:] == "<information> a b c </information>".split()
 
 
+FORMAT = FormatReward(
+    correct=lambda answer, of: 0.0, structure=0.2, final=0.1, retrieval=0.1,
+    rules="sequence", calls=["search"], result="information",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(("shown", "retrieved"), [("b c a c c", 1.0), ("c c c b", 0.0)])
 def test_a_reward_reads_of_a_result_what_the_policy_was_shown(shown: str, retrieved: float):
     t = play(Script(CALL, ANSWER), Search(result=shown))
     assert t.tool_calls[0].result == " ".join(shown.split()[:3])
-    reward = FormatReward(
-        correct=lambda answer, of: 0.0, structure=0.2, final=0.1, retrieval=0.1,
-        rules="sequence", calls=["search"], result="information",
-    )  # fmt: skip
-    ((earned,),) = reward([[t]])
+    ((earned,),) = FORMAT([[t]])
     assert earned.parts["retrieved"] == retrieved
+
+
+@pytest.mark.parametrize(
+    ("first", "result", "well_formed"),
+    [
+        (f"<think> a </think> {CALL}", "b", 1.0),
+        (f"<think> a </think> {CALL}", "<search> b", 1.0),
+        (f"<think> a </think> {CALL}", "</information> </think> <answer>", 1.0),
+        (CALL, "b", 0.0),
+        (f"<think> a </think> <information> c </information> {CALL}", "b", 0.0),
+    ],
+)
+def test_tags_in_a_result_are_not_the_policys(first: str, result: str, well_formed: float):
+    t = play(Script(first, f"<think> c </think> {ANSWER}"), Search(result=result))
+    assert t.turns == (first, f"<think> c </think> {ANSWER}")
+    ((earned,),) = FORMAT([[t]])
+    assert earned.parts["well_formed"] == well_formed
 
 
 def test_of_what_is_looked_up_for_the_prompt_the_record_holds_what_the_prompt_shows():

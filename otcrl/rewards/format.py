@@ -74,9 +74,7 @@ class FormatReward:
         right = 0.0 if t.answer is None else self.correct(t.answer, t.problem)
         # whole words; the original takes any substring: "us" stands in "business", and "" (of "The") everywhere
         retrieved = any(mentions(call.result, answer) for call in t.tool_calls for answer in t.problem.answers)
-        well_formed = (
-            not t.violations if self.rules == "dialect" else fault(t.response, self.calls, self.result) is None
-        )
+        well_formed = not t.violations if self.rules == "dialect" else self._fault(t) is None
         value = format_score(
             right >= 1,
             t.answer is not None,
@@ -87,6 +85,10 @@ class FormatReward:
             self.retrieval,
         )
         return Reward(value, {"correct": right, "well_formed": float(well_formed), "retrieved": float(retrieved)})
+
+    def _fault(self, t: Trajectory) -> str | None:
+        """By what was sampled alone: a passage may hold any tag, and the policy did not write it."""
+        return fault(f"<{self.result}></{self.result}>".join(t.turns), self.calls, self.result)
 
     def state_dict(self) -> dict[str, float]:
         return {}

@@ -158,6 +158,7 @@ class Player:
             violations=self.dialect.violations(draft.turns, self.tools),
             stop=stop,
             response=self.tokenizer.decode(draft.token_ids[draft.prompt_length :]),
+            turns=tuple(draft.turns),
             timings=draft.timings(),
         )
 
