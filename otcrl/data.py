@@ -113,14 +113,15 @@ def write(
     written: dict[Path, int] = {}
     refused: list[DataError] = []
     for split, where, rows in splits:
-        path, found = folder / f"{split}.jsonl.gz", list[Problem]()
+        path, found, partial = folder / f"{split}.jsonl.gz", list[Problem](), list[str]()
         try:
             with whole(path) as file:
                 for position, place, row, record in records(rows, where, skip_bad_rows, reader):
                     if limit is not None and len(found) == limit:
                         break
                     found.append(to_problem(record, row, name, split, position, place))
-                    put(file, line(found[-1], name, gold_ids(record, passages, name)), place)
+                    partial += [f"{place}: {list(record.gold_missing)}"] if record.gold_missing else []
+                    put(file, line(found[-1], name, gold_ids(record, passages, name), record.gold_missing), place)
                 if not found:
                     raise DataError(f"{where} holds no problem.")
                 check_unique([*problems, *found], where)
@@ -130,6 +131,12 @@ def write(
             refused.append(error)
             log.warning("left out: %s", error)
             continue
+        if partial:
+            log.warning(
+                "%s: %d of %d questions come without all of their gold paragraphs, whose titles are their "
+                "`gold_missing`; searching is not demonstrated on them. The first: %s",
+                where, len(partial), len(found), partial[0],
+            )  # fmt: skip
         written[path] = len(found)
         problems += found
     if not written and refused:
@@ -160,7 +167,7 @@ def gold_ids(record: Record, passages: dict[str, Passage], name: str) -> list[st
     return found
 
 
-def line(problem: Problem, name: str, gold: list[str]) -> dict[str, object]:
+def line(problem: Problem, name: str, gold: list[str], gold_missing: Sequence[str]) -> dict[str, object]:
     """The problem as a row that `plain` reads, with an id that makes it the same problem again."""
     _, key = problem.id.removeprefix(f"{problem.source}/").split("/", 1)  # SOURCE/SPLIT/KEY, and names may hold slashes
     row: dict[str, object] = {"id": key}
@@ -169,7 +176,8 @@ def line(problem: Problem, name: str, gold: list[str]) -> dict[str, object]:
     row |= {"question": problem.question, "answers": list(problem.answers)}
     if problem.optimal_calls is not None:
         row["optimal_calls"] = problem.optimal_calls
-    return row | ({"gold_ids": gold} if gold else {}) | dict(problem.meta)
+    row |= ({"gold_ids": gold} if gold else {}) | ({"gold_missing": list(gold_missing)} if gold_missing else {})
+    return row | dict(problem.meta)
 
 
 @contextmanager

@@ -86,6 +86,31 @@ def test_paragraphs_become_a_corpus_that_demonstrations_can_search(tmp_path: Pat
     assert task.passages[corpus[1]["id"]].text == GOLD
 
 
+def test_gold_paragraphs_that_a_question_comes_without_are_named_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """HotpotQA's fullwiki files: the paragraphs are those that a search engine has found."""
+    whole = ROWS["hotpotqa"][0]
+    (title, *_), *_ = whole["supporting_facts"]
+    lacking = [
+        whole | {"_id": "half", "supporting_facts": [["Radium", 0], [title, 0], ["Radium", 1]]},
+        whole | {"_id": "none", "supporting_facts": [["Radium", 0]]},
+    ]
+    source = write_rows(tmp_path / "hotpot_train_fullwiki.json", [whole, *lacking])
+    assert cli.main(["data", "hotpotqa", f"from={source}", f"out={tmp_path}"]) == 0
+    assert [each.getMessage() for each in caplog.records] == [
+        f"{source}: 2 of 3 questions come without all of their gold paragraphs, whose titles are their `gold_missing`; "
+        f"searching is not demonstrated on them. The first: {source}, row 2: ['Radium']"
+    ]
+    folder = tmp_path / "hotpotqa"
+    written = rows(folder / "train.jsonl.gz")
+    assert [row.get("gold_missing") for row in written] == [None, ["Radium"], ["Radium"]]
+    assert [len(row.get("gold_ids", [])) for row in written] == [1, 1, 0]
+    task = QuestionAnswering(train=[str(folder / "train.jsonl.gz")], corpus=[str(folder / "corpus.jsonl.gz")])
+    assert len(task.sample(0, 3)) == 3
+    assert [problem.id for problem in task._demonstrable] == ["hotpotqa/train/h1"]
+
+
 def test_splits_that_are_written_one_after_the_other_share_a_corpus(tmp_path: Path):
     """HotpotQA, 2WikiMultihopQA and MuSiQue come as a file for each split: each is a call of its own."""
     context = [["Ann", ["Ann is a person."]], ["Bob", ["Bob is a person."]]]

@@ -40,6 +40,7 @@ class Record:
     split: str | None = None
     meta: Mapping[str, object] = field(default_factory=dict)
     paragraphs: tuple[Paragraph, ...] = ()  # that the question comes with
+    gold_missing: tuple[str, ...] = ()  # titles of gold paragraphs that are not among them
 
 
 def texts(value: object, where: str) -> tuple[str, ...]:

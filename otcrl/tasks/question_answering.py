@@ -122,7 +122,9 @@ class QuestionAnswering:
         if self.demo_direct < 1:
             self._check_tool(SEARCH)
         if not self._demonstrable:
-            raise ConfigError("demonstrations need training rows with a `gold_ids` column, and task.train has none")
+            raise ConfigError(
+                "demonstrations need training rows with `gold_ids` and without `gold_missing`, and task.train has none"
+            )
         chosen = shuffled_epochs(len(self._demonstrable), step * count, count, f"{self.seed}/demonstrations")
         return [
             self._demonstrate(self._demonstrable[i], dialect, random.Random(f"{self.seed}/demonstrations/{step}/{k}"))
@@ -139,7 +141,12 @@ class QuestionAnswering:
 
     @cached_property
     def _demonstrable(self) -> list[Problem]:
-        return [problem for problem in self._train if self.demo_direct == 1 or problem.meta.get("gold_ids")]
+        """Those with all of their gold passages: an answer after half of them would teach to guess."""
+        return [
+            problem
+            for problem in self._train
+            if self.demo_direct == 1 or (problem.meta.get("gold_ids") and not problem.meta.get("gold_missing"))
+        ]
 
     @cached_property
     def passages(self) -> dict[str, Passage]:

@@ -86,7 +86,10 @@ def strategyqa(row: Row) -> Record:
 
 
 def hotpotqa(row: Row) -> Record:
-    """HotpotQA and 2WikiMultihopQA, their files or their copies on the hub, with the paragraphs they come with."""
+    """HotpotQA and 2WikiMultihopQA, their files or their copies on the hub, with the paragraphs they come with.
+
+    In HotpotQA's fullwiki files those are what a search engine has found, which need not be the gold ones.
+    """
     facts, context = parsed(row["supporting_facts"], "supporting_facts"), parsed(row["context"], "context")
     if isinstance(facts, Mapping):  # the hub keeps a list of pairs as a pair of lists
         facts = [[title] for title in listing(facts.get("title"), "supporting_facts.title")]
@@ -96,9 +99,9 @@ def hotpotqa(row: Row) -> Record:
         if len(titles) != len(bodies):
             raise Wrong("context.sentences", f"of {len(titles)} paragraphs, as context.title", bodies)
         context = list(zip(titles, bodies, strict=True))
-    gold = {
+    gold = dict.fromkeys(
         str(title) for fact in listing(facts, "supporting_facts") for title in listing(fact, "supporting_facts")[:1]
-    }
+    )
     paragraphs = []
     for pair in listing(context, "context"):
         if len(listing(pair, "context")) != 2:
@@ -109,7 +112,8 @@ def hotpotqa(row: Row) -> Record:
     record = record_of(
         row, row["question"], texts(row["answer"], "answer"), "question", "answer", "supporting_facts", "context"
     )
-    return replace(record, paragraphs=tuple(paragraphs))
+    there = {paragraph.title for paragraph in paragraphs}
+    return replace(record, paragraphs=tuple(paragraphs), gold_missing=tuple(t for t in gold if t not in there))
 
 
 def prose(sentences: Sequence[str]) -> str:
