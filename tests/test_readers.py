@@ -241,7 +241,23 @@ def test_a_line_of_a_table_with_too_many_columns_is_named(tmp_path: Path):
         (
             "search_r1",
             {"prompt": [{"role": "user", "content": "Answer the question."}]},
-            "prompt must be instructions with a question behind 'Question:'",
+            "prompt must be instructions with a question behind 'Question:', or a column 'question', "
+            "got 'Answer the question.'",
+        ),
+        (
+            "search_r1",
+            {"prompt": [{"role": "user", "content": "Answer. Question: a? Question: b?"}]},
+            "prompt must be instructions that hold 'Question:' once, where there is no column 'question', got 'Answer.",
+        ),
+        (
+            "search_r1",
+            {"reward_model": {"ground_truth": {"targets": ["x"]}}},
+            "reward_model.ground_truth.target must be one text or a list of at least one text, got None",
+        ),
+        (
+            "search_r1",
+            {"prompt": [{"role": "user", "content": "6 * 7?"}], "reward_model": {"ground_truth": "42"}},
+            "reward_model.ground_truth must be an object, got '42'. Reader 'torl' would fit",
         ),
         ("bfcl", {"function": [{"parameters": {}}]}, "function must be objects with a name, got {'parameters': {}}"),
         ("search_r1", {"prompt": "who?"}, "prompt must be a list of messages {role, content}, got 'who?'"),

@@ -70,9 +70,11 @@ def test_search_r1s_own_rows_are_read(tmp_path: Path, name: str) -> None:
 
 
 def test_a_question_that_says_question_itself_is_cut_only_at_the_instruction(tmp_path: Path) -> None:
-    row = {**SEARCH_R1_ROW, "question": "Question: is it?"}
-    (problem,) = read_problems(str(write(tmp_path / "train.jsonl", [row])))
-    assert problem.question == "Question: is it?"  # the column goes before the prompt
+    question = "Who said 'Question: is it?' on air?"
+    prompt = [{"role": "user", "content": SEARCH_R1_PROMPT.replace("who wrote hamlet?", question)}]
+    for row in ({**SEARCH_R1_ROW, "prompt": prompt}, {**SEARCH_R1_ROW, "question": question}):
+        (problem,) = read_problems(str(write(tmp_path / "train.jsonl", [row])))
+        assert problem.question == question  # the column goes before the prompt
 
 
 def test_other_columns_are_kept_for_the_task(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from otcrl.tasks.fields import (
 
 ANSWERS = ("answers", "golden_answers", "answer", "Answer")
 SEARCH_R1_MARK = "Question:"  # Search-R1's instructions end with it
+SEARCH_R1_END = f"<answer> Beijing </answer>. {SEARCH_R1_MARK}"  # and as it published them with this
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,15 +176,23 @@ def math(row: Row) -> Record:
 
 
 def search_r1(row: Row) -> Record:
-    """Search-R1's parquet: what follows the last `Question:` of its prompt, or the `question` column."""
-    target = mapping(ground_truth(row), "reward_model.ground_truth")["target"]
+    """Search-R1's parquet: the `question` column, or what follows the instructions in its prompt."""
+    target = mapping(ground_truth(row), "reward_model.ground_truth").get("target")
     question = row.get("question")
     if question is None:
-        _, mark, question = message(row, -1).rpartition(SEARCH_R1_MARK)
-        if not mark or not question.strip():
-            raise Wrong("prompt", f"instructions with a question behind {SEARCH_R1_MARK!r}", row["prompt"])
-        question = question.strip()
+        question = asked(message(row, -1))
     return verl_record(row, question, texts(target, "reward_model.ground_truth.target"), "golden_answers", "metadata")
+
+
+def asked(prompt: str) -> str:
+    """What follows Search-R1's instructions, or the only `Question:` of others: a question may hold one, too."""
+    mark = SEARCH_R1_END if SEARCH_R1_END in prompt else SEARCH_R1_MARK
+    _, _, question = prompt.partition(mark)
+    if mark == SEARCH_R1_MARK and SEARCH_R1_MARK in question:
+        raise Wrong("prompt", f"instructions that hold {mark!r} once, where there is no column 'question'", prompt)
+    if not question.strip():
+        raise Wrong("prompt", f"instructions with a question behind {mark!r}, or a column 'question'", prompt)
+    return question.strip()
 
 
 def torl(row: Row) -> Record:
