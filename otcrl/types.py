@@ -59,6 +59,7 @@ class Problem:
     source: str  # data set, for per-source metrics
     optimal_calls: int | None = None  # least tool calls that suffice, where it is known (Atlas)
     meta: Mapping[str, object] = field(default_factory=dict)
+    place: str = field(default="", compare=False)  # file and row that it was read from, for errors; "" where made
 
 
 @dataclass(frozen=True, slots=True)

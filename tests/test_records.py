@@ -186,8 +186,14 @@ def test_a_prompt_without_messages_is_named(tmp_path: Path) -> None:
 
 
 def test_two_rows_with_one_id_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="two problems have the id"):
-        read_problems(str(write(tmp_path / "train.jsonl", [ROWS[0], ROWS[0]])))
+    path = str(write(tmp_path / "train.jsonl", [ROWS[0], ROWS[1], ROWS[0]]))
+    with pytest.raises(DataError) as caught:
+        read_problems(path)
+    id = f"{tmp_path.name}/train/a"
+    assert str(caught.value) == (
+        f"{path}: two problems have the id {id!r}, {path}, row 1 and {path}, row 3; "
+        "ids must be unique over all sources."
+    )
 
 
 def test_a_damaged_gzip_file_is_an_error(tmp_path: Path) -> None:

@@ -108,11 +108,14 @@ def _subset(problems: list[Problem], limit: int, seed: str) -> list[Problem]:
 
 def check_unique(problems: Sequence[Problem], where: str) -> None:
     """Raises DataError when two problems share an id: tables keyed by id would mix them up."""
-    seen: set[str] = set()
+    seen: dict[str, Problem] = {}
     for problem in problems:
-        if problem.id in seen:
-            raise DataError(f"{where}: two problems have the id {problem.id!r}; ids must be unique over all sources.")
-        seen.add(problem.id)
+        if first := seen.get(problem.id):
+            places = f", {first.place} and {problem.place}" if first.place and problem.place else ""
+            raise DataError(
+                f"{where}: two problems have the id {problem.id!r}{places}; ids must be unique over all sources."
+            )
+        seen[problem.id] = problem
 
 
 def shuffled_epochs(length: int, start: int, count: int, seed: str) -> list[int]:
@@ -160,6 +163,7 @@ def to_problem(record: Record, row: Row, source: str, split: str, position: int,
         source=source,
         optimal_calls=optimal,
         meta=dict(record.meta),
+        place=where,
     )
 
 
