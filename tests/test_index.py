@@ -453,6 +453,23 @@ def test_an_index_that_is_finished_just_when_a_run_begins_is_opened(tmp_path: Pa
     assert build_or_open(PASSAGES, ENCODER, there).rows == 700
 
 
+@pytest.mark.parametrize(("owner", "name"), [(Path, "mkdir"), (fcntl, "flock")], ids=["folder", "lock"])
+def test_an_index_that_is_finished_before_the_lock_is_taken_is_not_built_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str
+):
+    there, real = tmp_path / "index", getattr(owner, name)
+
+    def late(*args: object, **settings: object) -> object:
+        monkeypatch.undo()
+        build_index(PASSAGES, ENCODER, there)
+        return real(*args, **settings)
+
+    monkeypatch.setattr(owner, name, late)
+    with pytest.raises(DataError, match="is there already"):
+        build_index(PASSAGES, ENCODER, there)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
 def test_a_vector_that_is_not_finite_is_named(tmp_path: Path):
     class Overflowing(HashingEncoder):
         def encode(self, texts, is_query):

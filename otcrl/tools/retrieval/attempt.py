@@ -21,17 +21,30 @@ from otcrl.tools.retrieval.index import Manifest, manifest_files
 VECTORS, ENCODING = WORKING = ("vectors.bin", "encoding.json")  # of no use once the index is whole
 
 
+def building(directory: Path) -> Path:
+    """Where it lies until it is whole."""
+    return directory.with_name(f".{directory.name}.building")
+
+
+def refuse_existing(directory: Path) -> None:
+    if directory.exists():
+        raise DataError(f"index directory {directory} is there already: delete it or name another")
+
+
 @contextlib.contextmanager
 def unfinished(directory: Path) -> Iterator[Path]:
     """Where to work; it becomes `directory` if it then has a manifest, and stays for the next attempt if not."""
-    if directory.exists():
-        raise DataError(f"index directory {directory} is there already: delete it or name another")
-    work = directory.with_name(f".{directory.name}.building")
+    refuse_existing(directory)
+    work = building(directory)
     try:
         work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if directory.exists():  # whoever had the lock was done just now
+                with contextlib.suppress(OSError):
+                    work.rmdir()  # as it was made above, empty; one that holds vectors stays
+                refuse_existing(directory)
             clear_but_encoding(work)
             yield work
             if (work / "manifest.json").exists():

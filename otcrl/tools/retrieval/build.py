@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from otcrl.errors import ConfigError, DataError
 from otcrl.tools.retrieval import dense, lexical
-from otcrl.tools.retrieval.attempt import VECTORS, mark_encoding, unfinished, write_manifest
+from otcrl.tools.retrieval.attempt import VECTORS, building, mark_encoding, unfinished, write_manifest
 from otcrl.tools.retrieval.corpus import Passage
 from otcrl.tools.retrieval.dense import Dense
 from otcrl.tools.retrieval.encode import Encoder, Vectors, settings
@@ -160,7 +160,7 @@ def build_or_open(corpus: Iterable[Passage], encoder: Encoder | None, directory:
 def wait_for_builder(directory: Path) -> None:
     """Until the lock that `unfinished` takes is free: the index is there, or its builder gave up or died."""
     with suppress(FileNotFoundError):  # it was done just now
-        lock = os.open(directory.with_name(f".{directory.name}.building"), os.O_RDONLY | os.O_DIRECTORY)
+        lock = os.open(building(directory), os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(lock, fcntl.LOCK_SH)
         finally:
