@@ -8,6 +8,7 @@ import sys
 
 from mcp.server.mcpserver import MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
+from mcp.types import ToolAnnotations
 
 server = MCPServer("tests")
 
@@ -61,6 +62,13 @@ def chatter(kilobytes: int) -> str:
         print("x" * 1023, file=sys.stderr)
     print("that was all", file=sys.stderr, flush=True)
     return "written"
+
+
+@server.tool(annotations=ToolAnnotations(read_only_hint=True))
+async def look(seconds: float) -> int:
+    """Waits, and says the server's process."""
+    await asyncio.sleep(seconds)
+    return os.getpid()
 
 
 @server.tool()

@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -245,6 +245,30 @@ def test_a_server_that_answers_nobody_is_replaced():
     asyncio.run(server.close())
 
 
+@pytest.mark.parametrize(("fatal", "arguments"), [("hang", '{"seconds": 60}'), ("die", "{}")])
+def test_calls_that_lose_their_connection_to_another_are_made_again_where_that_does_no_harm(fatal: str, arguments: str):
+    server = serving(timeout_s=2.0)
+    tools = {tool.name: tool for tool in server.tools()}
+    assert {name for name, tool in tools.items() if tool.repeatable} == {"look"}
+    before = run(tools["process"], {}).text
+
+    async def main() -> list[ToolResult | BaseException]:
+        hangs = [tools["hang"].run(arguments, "")] if fatal == "hang" else []
+        began = [asyncio.ensure_future(call) for call in hangs]
+        await asyncio.sleep(1)  # so that what follows is given up with it, before its own time is over
+        others = [asyncio.ensure_future(tools[name].run('{"seconds": 1.5}', "")) for name in ("look", "wait")]
+        await asyncio.sleep(0.2)
+        last = [] if hangs else [tools["die"].run("{}", "")]
+        return await asyncio.gather(*others, *began, *last, return_exceptions=True)
+
+    again, lost, cause = asyncio.run(main())
+    assert isinstance(again, ToolResult)
+    assert int(again.text) != int(before)
+    assert isinstance(lost, ToolUnavailable)
+    assert isinstance(cause, ToolUnavailable)
+    asyncio.run(server.close())
+
+
 def test_a_cancelled_call_leaves_the_connection_as_it_was(tools: Mapping[str, MCPTool]):
     async def main() -> str:
         with pytest.raises(TimeoutError):
@@ -297,6 +321,22 @@ def test_tools_can_be_chosen_and_named_apart():
     asyncio.run(server.close())
 
 
+RAW = [sys.executable, "-m", "tests.mcp_raw"]
+
+
+def test_what_is_no_text_in_an_answer_is_replaced_and_the_others_keep_their_server():
+    server = serving(command=RAW)
+    tools = {tool.name: tool for tool in server.tools()}
+    link = server._line._link
+    assert run(tools["half"], {}) == ToolResult("cut ? here")
+    assert run(tools["bytes"], {}) == ToolResult("no \ufffd UTF-8")
+    with pytest.raises(ToolUnavailable, match="failed in one call: it broke"):
+        run(tools["broken"], {})
+    assert run(tools["fine"], {}) == ToolResult("fine")
+    assert server._line._link is link
+    asyncio.run(server.close())
+
+
 # -- streamable HTTP ------------------------------------------------------------------------------------------
 
 
@@ -307,9 +347,9 @@ def port() -> int:
         return free.getsockname()[1]
 
 
-def started(port: int) -> subprocess.Popen[bytes]:
+def started(port: int, command: Sequence[str] = COMMAND) -> subprocess.Popen[bytes]:
     process = subprocess.Popen(
-        [*COMMAND, "--http", str(port)], cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        [*command, "--http", str(port)], cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -333,6 +373,23 @@ def test_a_server_elsewhere_is_spoken_to_over_http_and_found_again_after_it_was_
             run(tools["add"], {"a": 2, "b": 40})
         process = started(port)
         assert run(tools["add"], {"a": 2, "b": 40}) == ToolResult("42")
+    finally:
+        process.kill()
+        process.wait()
+        asyncio.run(server.close())
+
+
+@pytest.mark.parametrize("tool", ["half", "bytes"])
+def test_an_answer_over_http_that_cannot_be_read_is_an_observation(port: int, tool: str):
+    process = started(port, RAW)
+    server = replace(serving(), command=[], url=f"http://127.0.0.1:{port}/mcp")
+    tools = {tool.name: tool for tool in server.tools()}
+    link = server._line._link
+    try:
+        unread = ToolResult("Error: what the tool returned cannot be read", Outcome.MODEL_ERROR)
+        assert run(tools[tool], {}) == unread
+        assert run(tools["fine"], {}) == ToolResult("fine")
+        assert server._line._link is link
     finally:
         process.kill()
         process.wait()

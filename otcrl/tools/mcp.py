@@ -2,7 +2,8 @@
 
 A connection lives on a thread with an event loop of its own: the SDK's sessions belong to the loop that opened them, a
 tool may be used from any. What a tool says of the policy's arguments is its result. A server that dies, or does not
-answer, is down: the call is not repeated, for it may have had effects, and the next one finds a new connection.
+answer, is down, and the next call finds a new connection. Calls that were in flight are made once more there if the
+server says of their tool that this does no harm; the others are not, for they may have had effects.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from otcrl.errors import ConfigError, ToolUnavailable, nearest
 from otcrl.protocols import ToolResult
@@ -26,7 +28,10 @@ from otcrl.types import Outcome
 
 if TYPE_CHECKING:
     from mcp import Client
+    from mcp.client._transport import ReadStream, TransportStreams
+    from mcp.shared.message import SessionMessage
     from mcp.types import CallToolResult
+    from mcp.types import Tool as RemoteTool
 
 T = TypeVar("T")
 END_S = 10.0  # for a server to end, which the SDK kills after 4
@@ -79,6 +84,7 @@ class MCPServer:
                 parameters=tool.input_schema,
                 remote_name=name,
                 server=self,
+                repeatable=_is_repeatable(tool),
             )
             for name, tool in known.items()
             if not self.only or name in self.only
@@ -88,16 +94,18 @@ class MCPServer:
     def name(self) -> str:
         return f"the MCP server {self.url or ' '.join(self.command)!r}"
 
-    async def call(self, tool: str, arguments: Mapping[str, Any]) -> ToolResult:
+    async def call(self, tool: str, arguments: Mapping[str, Any], repeatable: bool = False) -> ToolResult:
         """Raises ToolUnavailable when the server is down."""
         from mcp import MCPError
+        from mcp.types import PARSE_ERROR
 
         try:
             result = await self._line.ask(
-                lambda client: client.call_tool(tool, dict(arguments), read_timeout_seconds=self.timeout_s)
+                lambda client: client.call_tool(tool, dict(arguments), read_timeout_seconds=self.timeout_s), repeatable
             )
         except MCPError as error:  # the others are the server's
-            return ToolResult(f"Error: {error.message}", Outcome.MODEL_ERROR)
+            why = "what the tool returned cannot be read" if error.code == PARSE_ERROR else error.message
+            return ToolResult(f"Error: {why}", Outcome.MODEL_ERROR)
         text = shorten(_text(result), self.max_output_chars)
         return ToolResult(text, Outcome.MODEL_ERROR if result.is_error else Outcome.OK)
 
@@ -116,6 +124,7 @@ class MCPTool:
     parameters: Mapping[str, Any]  # JSON schema of the object that `run` gets
     remote_name: str
     server: MCPServer
+    repeatable: bool  # True: asking twice does no more than asking once, says the server
 
     async def run(self, arguments: str, session: str = "") -> ToolResult:
         given = self._object(arguments)
@@ -123,7 +132,7 @@ class MCPTool:
             return ToolResult(f"Error: {self.name} takes a JSON object: {self._form}.", Outcome.MODEL_ERROR)
         if why := _unsendable(given):
             return ToolResult(f"Error: {self.name} takes no arguments that {why}.", Outcome.MODEL_ERROR)
-        return await self.server.call(self.remote_name, given)
+        return await self.server.call(self.remote_name, given, self.repeatable)
 
     async def release(self, session: str) -> None:
         """Nothing is kept for a trajectory: all of them share the server."""
@@ -172,7 +181,12 @@ def _is_flat(value: object, levels: int) -> bool:
     return inner is None or (levels > 0 and all(_is_flat(each, levels - 1) for each in inner))
 
 
-async def _list_tools(client: Client) -> list[Any]:
+def _is_repeatable(tool: RemoteTool) -> bool:
+    hints = tool.annotations
+    return hints is not None and bool(hints.read_only_hint or hints.idempotent_hint)
+
+
+async def _list_tools(client: Client) -> list[RemoteTool]:
     page = await client.list_tools()
     found = list(page.tools)
     while page.next_cursor:
@@ -212,25 +226,37 @@ class Line:
         except Exception as error:  # the SDK, its transports and the operating system raise what they like
             raise ToolUnavailable(self._lost(link, _why(error))) from error
 
-    async def ask(self, work: Callable[[Client], Awaitable[T]]) -> T:
-        """What `work` gives. Raises ToolUnavailable, or the SDK's MCPError for what is the policy's fault."""
-        from mcp import MCPError
-        from mcp.types import INVALID_PARAMS, REQUEST_TIMEOUT
+    async def ask(self, work: Callable[[Client], Awaitable[T]], repeatable: bool) -> T:
+        """What `work` gives; one that lost its connection is done once more if it is `repeatable`.
 
-        link, begun = self._connected(), time.monotonic()
-        try:
-            await asyncio.shield(asyncio.wrap_future(link.ready))  # it has its own deadline
-            answer = await asyncio.wrap_future(link.start(work))
-        except MCPError as error:
-            if error.code == INVALID_PARAMS:
-                raise
-            if error.code == REQUEST_TIMEOUT and link.answered > begun:  # others were served: this call is slow
-                raise ToolUnavailable(f"{self._server.name} did not answer one call: {error}") from error
-            raise ToolUnavailable(self._lost(link, str(error))) from error
-        except Exception as error:  # as in `run`
-            raise ToolUnavailable(self._lost(link, _why(error))) from error
-        link.answered = time.monotonic()
-        return answer
+        Raises ToolUnavailable, or the SDK's MCPError for what concerns this call alone.
+        """
+        from mcp import MCPError
+        from mcp.types import CONNECTION_CLOSED, INVALID_PARAMS, PARSE_ERROR, REQUEST_TIMEOUT
+
+        while True:
+            link, begun = self._connected(), time.monotonic()
+            try:
+                await asyncio.shield(asyncio.wrap_future(link.ready))  # it has its own deadline
+                answer = await asyncio.wrap_future(link.start(work))
+            except MCPError as error:
+                if error.code in (INVALID_PARAMS, PARSE_ERROR):
+                    raise
+                is_gone = self._link is not link or error.code == CONNECTION_CLOSED  # another call may have given it up
+                is_late = error.code == REQUEST_TIMEOUT
+                if not is_gone and is_late and link.answered > begun:  # others were served: this call is slow
+                    raise ToolUnavailable(f"{self._server.name} did not answer one call: {error}") from error
+                if not is_gone and not is_late and self._server.url is None:  # by HTTP a gateway may say so
+                    raise ToolUnavailable(f"{self._server.name} failed in one call: {error}") from error
+                why = self._lost(link, str(error))
+                if not (is_gone and repeatable):
+                    raise ToolUnavailable(why) from error
+                repeatable = False
+            except Exception as error:  # as in `run`
+                raise ToolUnavailable(self._lost(link, _why(error))) from error
+            else:
+                link.answered = time.monotonic()
+                return answer
 
     def _lost(self, link: Link, why: str) -> str:
         """An error's text; the next use makes a new connection."""
@@ -327,8 +353,14 @@ class Link:
         server = self._server
         if server.url is None:
             program, *arguments = server.command
-            parameters = StdioServerParameters(command=program, args=arguments, env=dict(server.env), cwd=server.folder)
-            yield stdio_client(parameters, errlog=self._stderr)
+            parameters = StdioServerParameters(
+                command=program,
+                args=arguments,
+                env=dict(server.env),
+                cwd=server.folder,
+                encoding_error_handler="replace",  # else a byte that is no UTF-8 ends the connection
+            )
+            yield _mending(stdio_client(parameters, errlog=self._stderr))
         elif server.token_env is None:
             yield streamable_http_client(server.url)
         else:
@@ -337,6 +369,58 @@ class Link:
             token = os.environ[server.token_env]
             async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {token}"}) as http:
                 yield streamable_http_client(server.url, http_client=http)
+
+
+@asynccontextmanager
+async def _mending(transport: AbstractAsyncContextManager[TransportStreams]) -> AsyncIterator[TransportStreams]:
+    async with transport as (heard, spoken):
+        yield Mending(heard), spoken
+
+
+@dataclass(frozen=True)
+class Mending:
+    """The server's messages; one that holds half a surrogate pair has "?" for it.
+
+    The SDK's reader of JSON takes no such message, and whoever waits for it would wait in vain.
+    """
+
+    stream: ReadStream[SessionMessage | Exception]
+
+    async def receive(self) -> SessionMessage | Exception:
+        return _mended(await self.stream.receive())
+
+    async def aclose(self) -> None:
+        await self.stream.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> SessionMessage | Exception:
+        return _mended(await self.stream.__anext__())
+
+    async def __aenter__(self) -> Self:
+        await self.stream.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
+    ) -> bool | None:
+        return await self.stream.__aexit__(exc_type, exc_val, exc_tb)
+
+
+def _mended(message: SessionMessage | Exception) -> SessionMessage | Exception:
+    """The message that an error of the SDK's reader was about, if Python can read it; else as it is."""
+    from mcp.shared.message import SessionMessage
+    from mcp.types import jsonrpc_message_adapter
+
+    if isinstance(message, SessionMessage) or not isinstance(message, ValueError):
+        return message
+    try:
+        (wrong,) = getattr(message, "errors", list)()  # pydantic's
+        text = json.dumps(json.loads(wrong["input"]), ensure_ascii=False).encode(errors="replace")
+        return SessionMessage(jsonrpc_message_adapter.validate_json(text, by_name=False))
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return message
 
 
 def _why(error: BaseException) -> str:
