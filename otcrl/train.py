@@ -25,6 +25,7 @@ from otcrl.learner.thread import LearnerThread
 from otcrl.loggers import Loggers
 from otcrl.loggers.jsonl import say_unwritten
 from otcrl.protocols import Algorithm, Engine, RewardFn, Task
+from otcrl.rewards.given_up import GIVEN_UP
 from otcrl.rollout.collect import Collector, Progress
 from otcrl.rollout.schedule import Group, Rollouts, together
 from otcrl.rollout.scoring import check_void, has_signal, score, score_alike
@@ -108,7 +109,7 @@ class Run:
 
 async def train_step(step: int, run: Run) -> Metrics:
     """One optimisation step: problems in, new weights out."""
-    clock = Stopwatch()
+    clock, given_up = Stopwatch(), GIVEN_UP.count
     signal = partial(has_signal, run.reward)
     playing = run.rollouts.collect(step, signal, run.bars(f"step {step} rollout"))
     harvest = await run.termination.all_unless(playing, run.thread)
@@ -119,6 +120,7 @@ async def train_step(step: int, run: Run) -> Metrics:
     unscored = [group for group in harvest.groups if group.scored is None]
     await run.thread(score_alike, run.reward, unscored) if dist.size() > 1 else score(run.reward, unscored)
     seen = rollout_metrics(harvest.groups) | harvest.metrics()
+    seen["reward/judge_timeouts"] = GIVEN_UP.count - given_up
     scored_PG = [group.scored for group in harvest.groups if group.scored]
     tokens = sum(len(t.token_ids) for group in scored_PG for t, _ in group)
     clock.lap("reward")

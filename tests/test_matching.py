@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import random
 import re
+import signal
 import string
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from otcrl.errors import DataError
+from otcrl.rewards.given_up import GIVEN_UP, GivenUp
 from otcrl.rewards.matching import as_number, exact_match, f1, math_equal, mentions, normalize_answer
-from otcrl.rewards.math_worker import MathWorker
+from otcrl.rewards.math_worker import MathWorker, _limited
 
 WORDS = st.text(alphabet="aAtThHeE nN.,'-é9 ", max_size=30)
 
@@ -149,11 +153,50 @@ def test_mathematics_is_checked_the_same_in_every_thread() -> None:
 def test_an_answer_that_takes_for_ever_is_wrong_and_the_next_one_is_checked() -> None:
     worker = MathWorker(deadline_s=1.0)
     worker.equal("x", "x")  # started: the clock below measures the deadline only
-    started = time.monotonic()
+    started, given_up = time.monotonic(), GIVEN_UP.count
     assert not worker.equal("9^{9^{9^9}}", "1")
     assert time.monotonic() - started < 3
+    assert GIVEN_UP.count == given_up + 1
     assert worker.equal("2/4", r"\frac{1}{2}")
+    assert not worker.equal("2/4", "1")
+    assert GIVEN_UP.count == given_up + 1  # that one is wrong
     worker.close()
+
+
+def test_an_answer_whose_judge_was_killed_is_judged_by_another() -> None:
+    worker, given_up = MathWorker(), GIVEN_UP.count
+    worker.equal("x", "x")
+    process = worker._process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)  # so that the question waits when it dies
+    with ThreadPoolExecutor(1) as thread:
+        judged = thread.submit(worker.equal, "2/4", r"\frac{1}{2}")
+        time.sleep(0.3)
+        assert not judged.done()
+        process.kill()
+        assert judged.result()
+    assert GIVEN_UP.count == given_up
+    worker.close()
+
+
+def test_a_limit_that_the_judges_own_code_swallows_has_been_reached_all_the_same() -> None:
+    with _limited(0.2) as late, suppress(TimeoutError):
+        while True:
+            pass
+    assert late
+    with _limited(5.0) as late:
+        pass
+    assert not late
+
+
+def test_the_first_answer_that_is_given_up_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    given_up = GivenUp()
+    given_up.add("1" * 100, "took too long")
+    given_up.add("2", "took too long")
+    assert given_up.count == 2
+    assert [each.getMessage() for each in caplog.records] == [
+        f"the answer '{'1' * 80}'... counts as wrong: its judge took too long (reward/judge_timeouts counts them)"
+    ]
 
 
 def test_checking_words_imports_no_algebra_system() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from otcrl.dialects.torl import ToRL
 from otcrl.errors import ConfigError
+from otcrl.rewards.given_up import GIVEN_UP
 from otcrl.tasks.reasoning_gym import ReasoningGym, is_plain
 from otcrl.types import Problem
 
@@ -75,10 +76,11 @@ def attack(matrix: Problem, code: str) -> str:
 )
 def test_an_answer_that_runs_gains_nothing_and_touches_nothing(judged: ReasoningGym, tmp_path: Path, code: str):
     matrix = next(p for p in judged.held_out() if p.source == "spiral_matrix")
-    target, begun = tmp_path / "written", time.monotonic()
+    target, begun, given_up = tmp_path / "written", time.monotonic(), GIVEN_UP.count
     task = replace(judged, timeout_s=2.0) if "9**9" in code else judged
     assert task.correct(attack(matrix, code.replace("{path}", str(target))), matrix) < 0.1
     assert not target.exists()
+    assert GIVEN_UP.count - given_up == ("9**9" in code)
     assert time.monotonic() - begun < 60
 
 

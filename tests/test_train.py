@@ -16,6 +16,8 @@ from otcrl import cli
 from otcrl.build import run_eval, run_sft, run_train
 from otcrl.cli import eval_config, run_config
 from otcrl.errors import ConfigError, TrainingError
+from otcrl.protocols import RewardFn
+from otcrl.rewards.given_up import GIVEN_UP
 from otcrl.rollout.schedule import Group
 from otcrl.rollout.scoring import check_void, has_signal, score
 from otcrl.train import rollout_metrics
@@ -68,6 +70,16 @@ def test_every_step_reports_calls_rewards_and_phases(finished):
     names = "reward/value reward/correct reward/sign_reversals calls/emitted calls/well_formed calls/invalid"
     for name in f"{names} rollout/void_share update/policy_grad_norm time/rollout_s".split():
         assert name in row
+
+
+def test_a_step_counts_the_answers_that_its_judge_gave_up(tmp_path, monkeypatch):
+    def judged(reward: RewardFn, groups: Sequence[Group]) -> None:
+        GIVEN_UP.add("9^9^9", "took too long")
+        score(reward, groups)
+
+    monkeypatch.setattr("otcrl.train.score", judged)
+    train(tmp_path / "run", *BRIEF, "sft.steps=1", "loop.steps=2")
+    assert [row["reward/judge_timeouts"] for row in lines(tmp_path / "run/metrics.jsonl")[:2]] == [1, 1]
 
 
 def test_every_step_reports_how_well_sampler_and_learner_agree(tmp_path):

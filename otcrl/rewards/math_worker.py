@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from otcrl.errors import ConfigError
+from otcrl.rewards.given_up import GIVEN_UP
 
-DEADLINE_S = 10.0  # for one comparison, all of it; then the answer is wrong and the process is replaced
+DEADLINE_S = 10.0  # for one comparison, all of it; then it is given up and the process is replaced
 _START_S = 120.0  # importing the algebra system on a busy machine
 _MEMORY_BYTES = 4 * 2**30  # address space of the process
 _CPU_S = 6.0  # of one comparison
@@ -38,17 +39,31 @@ class MathWorker:
         os.register_at_fork(after_in_child=self._forget)  # two processes on one pipe would swap verdicts
 
     def equal(self, answer: str, gold: str) -> bool:
-        """Whether they mean the same; False when the question outlived the deadline or the memory limit.
+        """Whether they mean the same; False, and one of `GIVEN_UP`, when that took too long or too much memory.
 
         Raises ConfigError when the process cannot start: a broken checker must not look like wrong answers.
         """
         with self._lock:
-            process = self._running()
-            _write(process, [answer, gold])
+            # a process that dies may have died of something else; one that dies twice died of the expression
+            reply = self._reply([answer, gold]) or self._reply([answer, gold])
+        if reply not in ("equal", "different"):
+            GIVEN_UP.add(answer, f"{'took too long' if reply else 'died'} when it was compared with {gold!r}")
+        return reply == "equal"
+
+    def _reply(self, question: list[str]) -> str | None:
+        """equal, different or late; None when the process died."""
+        process = self._running()
+        try:
+            _write(process, question)
             reply = _read(process, self._deadline_s)
-            if reply is None:  # too slow, or the process died of the expression
-                self._stop()
-            return reply == "equal"
+        except BrokenPipeError:  # it was dead already
+            reply = None
+        except TimeoutError:
+            self._stop()
+            return "late"
+        if reply is None:
+            self._stop()
+        return reply
 
     def close(self) -> None:
         with self._lock:
@@ -66,7 +81,10 @@ class MathWorker:
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # whatever made otcrl importable here
         )
-        reply = _read(process, _START_S)
+        try:
+            reply = _read(process, _START_S)
+        except TimeoutError:
+            reply = None
         if reply == "ready":
             return process
         self._stop()
@@ -88,12 +106,12 @@ def _write(process: subprocess.Popen[bytes], question: list[str]) -> None:
 
 
 def _read(process: subprocess.Popen[bytes], deadline_s: float) -> str | None:
-    """The next line the process writes; None when it ends or says nothing before the deadline."""
+    """The next line the process writes; None when it ends. Raises TimeoutError when it says nothing in time."""
     assert process.stdout is not None
     watch = select.poll()
     watch.register(process.stdout, select.POLLIN | select.POLLHUP)
     if not watch.poll(deadline_s * 1000):
-        return None
+        raise TimeoutError
     return process.stdout.readline().decode().strip() or None
 
 
@@ -118,9 +136,9 @@ def _serve() -> None:
     for line in sys.stdin:
         answer, gold = json.loads(line)
         is_equal = False
-        with _limited(_CPU_S):
+        with _limited(_CPU_S) as late:
             is_equal = _equal(answer, gold)
-        reply("equal" if is_equal else "different")
+        reply("equal" if is_equal else "late" if late else "different")
 
 
 def _equal(answer: str, gold: str) -> bool:
@@ -132,17 +150,22 @@ def _equal(answer: str, gold: str) -> bool:
 
 
 @contextmanager
-def _limited(seconds: float) -> Iterator[None]:
-    """TimeoutError is raised where the body is when it has used that much CPU time, and again until it has ended."""
+def _limited(seconds: float) -> Iterator[list[float]]:
+    """TimeoutError is raised where the body is when it has used that much CPU time, and again until it has ended.
+
+    Gives a list that is empty while there was time: math-verify may take the error for its own.
+    """
+    late: list[float] = []
 
     def out_of_time(number: int, frame: object) -> None:
+        late.append(seconds)
         raise TimeoutError
 
     signal.signal(signal.SIGPROF, out_of_time)
     signal.setitimer(signal.ITIMER_PROF, seconds, 1.0)
     try:
         with suppress(TimeoutError):
-            yield
+            yield late
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 
 from otcrl.errors import ConfigError, ToolUnavailable, nearest
 from otcrl.protocols import Demo, Dialect
+from otcrl.rewards.given_up import GIVEN_UP
 from otcrl.tasks.records import check_unique, shuffled_epochs
-from otcrl.tools.sandbox.execution import Program
+from otcrl.tools.sandbox.execution import Program, State
 from otcrl.tools.sandbox.pool import Pool
 from otcrl.types import Problem
 
@@ -151,6 +152,8 @@ class ReasoningGym:
             execution = self._thread.submit(lambda: asyncio.run(self._pool.run(program))).result()
         except ToolUnavailable as error:  # a broken checker must not look like wrong answers
             raise ConfigError(f"reasoning_gym's verifier of {name} cannot be run: {error}") from error
+        if execution.state in (State.TIMEOUT, State.MEMORY, State.KILLED):
+            GIVEN_UP.add(answer, f"of {name} ended with {execution.state}")
         signed = [line.split()[1] for line in execution.stdout.splitlines() if line.startswith(f"{signature} ")]
         return float(signed[-1]) if len(signed) == 1 else 0.0
 
