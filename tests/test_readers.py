@@ -207,6 +207,17 @@ def test_a_line_of_a_table_with_too_many_columns_is_named(tmp_path: Path):
         read_problems(str(tmp_path / "a.tsv"))
 
 
+@pytest.mark.parametrize(
+    ("rows", "row"),
+    [('a?\tx\n"b?\ty\nc?\tz\n', 2), ('"Heroes", by whom?\tBowie\n', 1), ('"Heroes" by whom?\tBowie\n', 1)],
+    ids=["never closed", "comma", "text after"],
+)
+def test_a_stray_quote_in_a_tsv_file_is_an_error_and_joins_no_rows(tmp_path: Path, rows: str, row: int):
+    (tmp_path / "a.tsv").write_text("question\tanswer\n" + rows)
+    with pytest.raises(DataError, match=rf"a\.tsv, row {row}: not readable as columns with tabs between them: "):
+        read_problems(str(tmp_path / "a.tsv"))
+
+
 # -- what wrong data says ---------------------------------------------------------------------------------------
 
 

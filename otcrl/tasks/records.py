@@ -236,14 +236,17 @@ def _with_possible_answers(rows: Iterator[object], path: Path) -> Iterator[objec
 
 
 def _tsv_rows(path: Path) -> Iterator[object]:
+    """Cells may be in double quotes, as PopQA's are. A stray quote would join rows to one, so it is an error."""
+    number = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in enumerate(csv.DictReader(file, delimiter="\t"), start=1):
+            for number, row in enumerate(csv.DictReader(file, delimiter="\t", strict=True), start=1):
                 if None in row:
                     raise DataError(f"{path}, row {number}: more columns than the first line names: {row[None]}")
                 yield row
     except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not readable as columns with tabs between them: {error}") from error
+        where = f"{path}, row {number + 1}"
+        raise DataError(f"{where}: not readable as columns with tabs between them: {error}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[object]:
