@@ -477,3 +477,10 @@ def test_what_was_retrieved_is_looked_for_in_whole_words(answer, seen, value):
         t, turns=("<think> d </think> <answer> x </answer>",), tool_calls=(ToolCall("search", "q", seen, Outcome.OK),)
     )
     assert values(format_reward(), [t])[0] == pytest.approx([value])
+
+
+@pytest.mark.parametrize(("outcome", "retrieved"), [(Outcome.OK, 1), (Outcome.MODEL_ERROR, 0), (Outcome.INVALID, 0)])
+def test_an_error_that_repeats_the_policys_words_retrieves_nothing(outcome: Outcome, retrieved: float):
+    call = ToolCall("", "<paris></paris>", "Error: There is no tool named 'paris'.", outcome)
+    ((earned,),) = format_reward()([[replace(trajectory(), tool_calls=(call,))]])
+    assert earned.parts["retrieved"] == retrieved

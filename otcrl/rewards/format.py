@@ -12,7 +12,7 @@ from typing import Literal
 
 from otcrl.rewards.matching import mentions
 from otcrl.rewards.outcome import Correct
-from otcrl.types import Reward, Trajectory
+from otcrl.types import Outcome, Reward, Trajectory
 
 
 def format_score(
@@ -73,7 +73,9 @@ class FormatReward:
     def _score(self, t: Trajectory) -> Reward:
         right = 0.0 if t.answer is None else self.correct(t.answer, t.problem)
         # whole words; the original takes any substring: "us" stands in "business", and "" (of "The") everywhere
-        retrieved = any(mentions(call.result, answer) for call in t.tool_calls for answer in t.problem.answers)
+        # in what was found: an error may repeat what the policy wrote, which is no retrieval
+        found = [call.result for call in t.tool_calls if call.outcome is Outcome.OK]
+        retrieved = any(mentions(result, answer) for result in found for answer in t.problem.answers)
         well_formed = not t.violations if self.rules == "dialect" else self._fault(t) is None
         value = format_score(
             right >= 1,
