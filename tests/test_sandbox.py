@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import time
 from base64 import b64decode, b64encode
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from otcrl.tools.sandbox.inside import channel, heap
 from otcrl.tools.sandbox.jail import START
 from otcrl.tools.sandbox.pool import Pool
 
+ROOT = Path(__file__).parents[1]
 LIMITS = {"timeout_s": 5.0, "memory_mb": 128, "max_bytes": 8000}
 
 
@@ -210,6 +212,16 @@ def test_only_preloaded_packages_exist():
         assert "ModuleNotFoundError" in fails(numpy, "import torch")
     finally:
         asyncio.run(numpy.close())
+
+
+def test_packages_are_found_in_an_environment_that_is_reached_by_a_link(tmp_path: Path):
+    """A home directory on another disk: the kernel names files by where they are, Python by how it was called."""
+    (tmp_path / "env").symlink_to(sys.prefix)
+    python = tmp_path / "env" / Path(sys.executable).relative_to(sys.prefix)
+    show = "from otcrl.tools.sandbox.jail import package_paths; print(*package_paths(['packaging.version']))"
+    done = subprocess.run([python, "-c", show], cwd=ROOT, capture_output=True, text=True, check=True)
+    site = Path(sysconfig.get_path("purelib")).resolve()
+    assert done.stdout.split() == [str(site / "packaging")]  # pure Python: no library of it is mapped
 
 
 # -- what it cannot take ------------------------------------------------------------------------------

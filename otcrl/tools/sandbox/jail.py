@@ -88,8 +88,11 @@ def package_paths(preload: Sequence[str]) -> list[Path]:
         why = (done.stderr.strip().splitlines() or ["it crashed"])[-1]
         raise ConfigError(f"preload: {list(preload)} cannot be imported on this machine: {why}")
     files = [Path(line) for line in done.stdout.splitlines()]
-    sites = {Path(sysconfig.get_path("purelib")).resolve(), Path(sysconfig.get_path("platlib")).resolve()}
-    found = {site / file.relative_to(site).parts[0] for site in sites for file in files if file.is_relative_to(site)}
+    # in an environment that is reached by a link, Python names its files by the link and the kernel by what it leads to
+    sites = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
+    spelled = {spelling: site.resolve() for site in sites for spelling in (site, site.resolve())}
+    below = [(site, file) for site in spelled for file in files if file.is_relative_to(site)]
+    found = {spelled[site] / file.relative_to(site).parts[0] for site, file in below}
     found |= {libraries for package in found if (libraries := package.with_name(f"{package.name}.libs")).is_dir()}
     return sorted(found)
 
