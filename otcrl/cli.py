@@ -109,11 +109,15 @@ def run_config(settings: list[str]) -> Config:
     named, overrides = take(settings, "conf", "resume")
     if "conf" in named:
         config = compose(overrides, preset=find_preset(named["conf"]))
-    elif named.get("resume", "auto") not in ("auto", "never"):
+    elif named.get("resume", "auto") not in ("auto", "never", ""):
         config = compose(overrides, run=Path(named["resume"]))
     else:
-        raise ConfigError(f"add conf=NAME or conf=FILE.yaml.{nearest('', (preset.name for preset in presets()))}")
+        raise no_preset()
     return config | {"resume": named["resume"]} if "resume" in named else config
+
+
+def no_preset() -> ConfigError:
+    return ConfigError(f"add conf=NAME or conf=FILE.yaml.{nearest('', (preset.name for preset in presets()))}")
 
 
 def eval_config(settings: list[str]) -> Config:
@@ -122,7 +126,7 @@ def eval_config(settings: list[str]) -> Config:
     from otcrl.compose import compose
 
     named, overrides = take(settings, "conf", "run", "model", "data", "step", "as")
-    run, model, conf, step = named.get("run"), named.get("model"), named.get("conf"), named.get("step")
+    run, model, conf, step = (named.get(name) or None for name in ("run", "model", "conf", "step"))
     if step is not None and (run is None or not step.isdecimal()):
         raise ConfigError(f"step={step} must be the number of a checkpoint of run=DIR")
     folder = named.get("as", "" if step is None else f"step-{int(step):06d}")
@@ -155,6 +159,8 @@ def sweep(command: str, settings: list[str], flags: frozenset[str]) -> int:
 
     named, overrides = take(settings, "conf", "resume")
     presets = [f"conf={conf}" for conf in named.get("conf", "").split(",") if conf]
+    if not presets:
+        raise no_preset()
     if named.get("resume", "auto") not in ("auto", "never"):
         raise ConfigError("a sweep cannot be resumed as one: the same command goes on with each run that is unfinished")
     jobs = [[conf, *job] for conf in presets for job in expand(overrides)]

@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from otcrl.errors import ConfigError, nearest
 from otcrl.presets import conf_dir, groups, options, shipped
@@ -88,10 +88,14 @@ def values(override: Override) -> list[str]:
 
 
 def parse(text: str) -> Override:
+    how = f"cannot read {text!r}: write key=value, a list as key=[1,2], text as key='a b'"
     try:
-        return OverridesParser.create().parse_override(text)
+        override = OverridesParser.create().parse_override(text)
     except HydraException as error:
-        raise ConfigError(f"cannot read {text!r}: write key=value, a list as key=[1,2], text as key='a b'") from error
+        raise ConfigError(how) from error
+    if not override.key_or_group:
+        raise ConfigError(how)
+    return override
 
 
 def quoted(text: str) -> str:
@@ -229,6 +233,8 @@ def load(path: Path) -> Config:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
         raise ConfigError(f"{path}:{line}: {error.problem}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold settings (key: value), got a {type(content).__name__}")
     return {str(key): value for key, value in content.items()}
@@ -265,6 +271,8 @@ def explained(error: Exception, stage: Path, overrides: Sequence[str]) -> Config
         choices = [text for text in overrides if parse(text).key_or_group in groups()]
         if len(choices) < len(overrides):
             return ConfigError(f"{key} is not a setting.{nearest_setting(key, compose_staged(stage, choices))}")
+    if isinstance(error, MissingMandatoryValue):
+        return ConfigError(f"{error.full_key} is not set: add {error.full_key}=...")
     if missing := getattr(error, "full_key", None):
         return ConfigError(f"{missing}: {lines[0]}")
     return ConfigError(lines[0])

@@ -238,7 +238,9 @@ def test_a_typo_stops_a_sweep_before_its_first_run(demo: Path, capsys: pytest.Ca
         ("seed", "cannot read 'seed': write key=value"),
         ("+mine.x=1", "mine is not a section of the config."),
         ("name=${nope}", "name: Interpolation key 'nope' not found"),
-        ("seed=???", "seed: Missing mandatory value: seed"),
+        ("seed=???", "seed is not set: add seed=..."),
+        ("model=pretrained", "model.path is not set: add model.path=..."),
+        ("=3", "cannot read '=3': write key=value"),
     ],
     ids=lambda text: text[:12],
 )
@@ -251,7 +253,9 @@ def test_a_wrong_override_is_one_line_with_the_nearest_right_one(
 def test_a_wrong_command_option_or_preset_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert refusal(capsys, "trian") == "there is no command 'trian'. Did you mean 'train'?"
     assert refusal(capsys, "train", "--cfgs") == "otcrl train has no option --cfgs. Did you mean '--cfg'?"
-    assert refusal(capsys, "train").startswith("add conf=NAME or conf=FILE.yaml.")
+    for words in (["train"], ["train", "-m", "seed=0,1"], ["train", "resume="]):
+        assert refusal(capsys, *words).startswith("add conf=NAME or conf=FILE.yaml.")
+    assert refusal(capsys, "eval", "run=").startswith("add either run=DIR or model=NAME_OR_PATH")
     assert refusal(capsys, "train", "conf=quikstart").startswith("conf=quikstart: there is no such preset.")
     assert refusal(capsys, "train", "conf=no/such.yaml") == "conf=no/such.yaml: there is no such file"
     assert refusal(capsys, "train", f"resume={tmp_path}") == f"{tmp_path} is not a run directory: it has no config.yaml"
@@ -269,6 +273,8 @@ def test_a_wrong_preset_file_is_one_line(demo: Path, capsys: pytest.CaptureFixtu
     assert refusal(capsys, "train", f"conf={demo}").startswith(f"{demo}:")
     demo.write_text(original.replace("/task: mine", "/task: min"))
     assert refusal(capsys, "train", f"conf={demo}").startswith("task=min: there is no such yaml. Did you mean 'mine'?")
+    demo.write_bytes(b"\xff\xfe")
+    assert refusal(capsys, "train", f"conf={demo}").startswith(f"{demo} cannot be read: 'utf-8' codec")
     demo.write_text("name: empty\n")
     assert refusal(capsys, "train", f"conf={demo}").startswith("no algo is chosen: add algo=NAME. Choose from: ")
 
