@@ -508,6 +508,7 @@ def test_compare_refuses_what_it_cannot_read(runs: tuple[Path, Path], capsys: py
     assert refusal(capsys, "compare", *runs, "window=0") == "compare: window must be at least 1 step, got 0"
     assert refusal(capsys, "compare", *runs, "em=2") == "compare: em must be a share between 0 and 1, got 2.0"
     assert "Did you mean 'executed'?" in refusal(capsys, "compare", *runs, "counter=execute")
+    assert refusal(capsys, "compare", *runs, "seed=-1") == "compare: seed must be at least 0, got -1"
     assert refusal(capsys, "compare", *runs, "seed=x") == "compare.seed must be int, got 'x'"
     assert refusal(capsys, "compare", *runs, "seed=1", "seed=2") == "seed is given twice"
     assert "holds no evaluation" in refusal(capsys, "compare", runs[0], runs[0].parent / "none")

@@ -29,6 +29,8 @@ class Common:
     def __post_init__(self) -> None:
         if self.counter is not None:
             check_counter(self.counter)
+        if self.seed < 0:
+            raise ConfigError(f"seed must be at least 0, got {self.seed}")
         if self.window < 1:
             raise ConfigError(f"window must be at least 1 step, got {self.window}")
         if self.em is not None and not 0 <= self.em <= 1:
