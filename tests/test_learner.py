@@ -504,7 +504,7 @@ def test_a_critic_on_the_trunk_costs_no_pass_of_its_own(packing):
 
 
 def test_adapters_for_layers_that_are_not_there_are_refused():
-    with pytest.raises(ConfigError, match=r"learner.lora.targets: .*querry"):
+    with pytest.raises(ConfigError, match=r"^lora.targets: .*querry"):
         make_learner(grpo(), lora=Lora(rank=4, alpha=8, targets=("querry",)))
 
 

@@ -48,7 +48,7 @@ class Lora:
             try:
                 model.add_adapter(config)
             except ValueError as error:
-                raise ConfigError(f"learner.lora.targets: {str(error).splitlines()[0]}") from error
+                raise ConfigError(f"lora.targets: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager
