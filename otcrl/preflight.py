@@ -35,8 +35,10 @@ def check_names(cfg: Mapping[str, Any]) -> None:
     """Raises ConfigError for a setting beside the groups that is of another kind or outside its range."""
     kinds = {"name": str, "run_dir": str, "seed": int, "resume": str, "resume_changed": bool}
     for key, kind in kinds.items():
-        if type(cfg[key]) is not kind or not str(cfg[key]):
+        if type(cfg[key]) is not kind:
             raise ConfigError(f"{key} must be {kind.__name__}, got {cfg[key]!r}")
+        if cfg[key] == "":
+            raise ConfigError(f"{key} must not be empty")
     threads = cfg.get("threads")
     if threads is not None and (type(threads) is not int or threads < 1):
         raise ConfigError(f"threads must be null or at least 1, got {threads!r}")

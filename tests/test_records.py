@@ -118,6 +118,8 @@ def test_a_name_given_to_a_file_is_the_source_of_all_its_rows(tmp_path: Path) ->
     assert [p.source for p in read_problems(odd)] == [tmp_path.name]  # a file may be called so
     assert given_name("a=b.jsonl") == ("a", "b.jsonl")
     assert given_name("owner/set:test") == (None, "owner/set:test")
+    with pytest.raises(DataError, match="'nq=' must be NAME=FILE"):
+        given_name("nq=")
 
 
 # -- what wrong data says ------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import cos, inf, pi, sin
 
+from otcrl.errors import nearest
 from otcrl.rewards.cost import Price, cost
 from otcrl.rewards.outcome import Phi
 from otcrl.types import COUNTERS, Problem, Reward, Stop, Trajectory
@@ -89,7 +90,8 @@ class OTCReward:
             ("counter", self.counter, tuple(COUNTERS)),
         ):
             if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+                hint = nearest(value, choices)
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{hint}")
         check_above_zero(self, "alpha", "c")
 
     @property

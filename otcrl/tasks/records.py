@@ -135,6 +135,8 @@ def _epoch(length: int, seed: str) -> list[int]:
 def given_name(source: str) -> tuple[str | None, str]:
     """`nq=dir/file.jsonl` -> (nq, dir/file.jsonl); (None, source) where no name is given, or a file is called so."""
     name, is_named, rest = source.partition("=")
+    if is_named and not rest:
+        raise DataError(f"{source!r} must be NAME=FILE, or the file alone")
     if is_named and _GIVEN_NAME.fullmatch(name) and not Path(source).is_file():
         return name, rest
     return None, source
