@@ -280,7 +280,7 @@ def explained(error: Exception, stage: Path, overrides: Sequence[str]) -> Config
 
 def nearest_setting(key: str, config: Config) -> str:
     """A hint from the settings beside `key`, else those of its name elsewhere, else the sections."""
-    known = list(dotted(config))
+    known = [*dotted(config), "scale"]  # which leaves nothing of its name in the config
     parent, _, leaf = key.rpartition(".")
     beside = [name for name in known if name.rpartition(".")[0] == parent]
     elsewhere = [name for name in known if name.rpartition(".")[2] == leaf]

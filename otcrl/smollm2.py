@@ -21,6 +21,7 @@ def write_checkpoint(folder: Path, dtype: str = "float32") -> Path:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype} is not a type of weights.{nearest(dtype, DTYPES)}")
     gguf = gguf_file()
+    make(folder)
     import torch
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -40,6 +41,14 @@ def write_checkpoint(folder: Path, dtype: str = "float32") -> Path:
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
+
+
+def make(folder: Path) -> None:
+    """Before anything is loaded: `save_pretrained` says nothing where a file has the folder's name."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={folder}: the folder cannot be made: {error.strerror}") from error
 
 
 def gguf_file() -> Path:

