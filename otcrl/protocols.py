@@ -192,6 +192,20 @@ class Remembers(Protocol):
         ...
 
 
+@runtime_checkable
+class Concludes(Protocol):
+    """What a dialect has beside the above if its last turn is for the answer alone.
+
+    That is the turn once the budget of calls is spent, or only one turn is left: it stops, and is read, as if there
+    were no tools.
+    """
+
+    @property
+    def conclusion(self) -> str | None:
+        """Text that is written for the policy before that turn; "" for none. None: the last turn is as any other."""
+        ...
+
+
 class Tokenizer(Protocol):
     def encode(self, text: Text) -> list[int]:
         """Ids of `text` as plain text: control tokens are neither added nor recognised in it.

@@ -186,7 +186,8 @@ def test_a_look_up_beyond_the_budget_of_calls_ends_the_trajectory() -> None:
 
 def test_ircot_searches_with_the_question_and_then_with_every_sentence() -> None:
     tool = Search(result="found")
-    t = play("ircot", engine := Script("One leads to two.\n", "Two is b.\n", ANSWER), tool)
+    engine = Script("One leads to two.\n", "Two is b.\n", ANSWER)
+    t = play("ircot", engine, tool, replace(LIMITS, max_calls=4))
     assert tool.asked == [PROBLEM.question, "One leads to two.", "Two is b."]
     assert (t.stop, t.answer, count_calls(t, "well_formed"), t.violations) == (Stop.ANSWERED, "b", 3, ())
     assert t.response == "One leads to two.\n\nPassages:\nfound\n\nTwo is b.\n\nPassages:\nfound\n\n" + ANSWER
@@ -195,9 +196,34 @@ def test_ircot_searches_with_the_question_and_then_with_every_sentence() -> None
         assert later[: len(earlier)] == earlier  # tokens are only ever appended
 
 
-def test_ircot_ends_at_its_budget_of_rounds() -> None:
-    t = play("ircot", Script(*["More.\n"] * 5), tool := Search())
-    assert (t.stop, len(tool.asked), count_calls(t, "well_formed")) == (Stop.MAX_CALLS, 3, 3)
+CLOSED_BOOK = {"the answer": CLOSE, "not closed": "b", "on a line of its own": "\nb\n</answer>"}
+
+
+@pytest.mark.parametrize("said", CLOSED_BOOK.values(), ids=CLOSED_BOOK.keys())
+def test_ircot_answers_at_its_budget_of_calls_as_a_reader_reads_the_answer_off_there(said: str) -> None:
+    ten = replace(LIMITS, max_calls=10, max_turns=11, max_tokens=900)
+    t = play("ircot", engine := Script(*["More.\n"] * 9, said), tool := Search(), ten)
+    assert (len(tool.asked), count_calls(t, "well_formed"), count_calls(t, "emitted")) == (10, 10, 10)
+    assert (t.stop, t.answer) == (Stop.ANSWERED, "b")
+    assert t.response.endswith("\n\n<answer>" + said)
+    assert sampled(t) == "More.\n" * 9 + said  # the tag was written for it
+    assert t.token_ids[: len(engine.prompts[-1])] == engine.prompts[-1]
+    assert (engine.stops[-2], engine.stops[-1]) == (["</answer>", "\n"], ["</answer>"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "limits"),
+    [([CLOSE], {"max_calls": 1}), (["\n", "\n", CLOSE], {"max_turns": 3})],
+    ids=["the question alone", "turns"],
+)
+def test_ircot_answers_in_its_last_turn_whatever_makes_it_the_last(lines: list[str], limits: dict[str, int]) -> None:
+    t = play("ircot", Script(*lines), Search(), replace(LIMITS, **limits))
+    assert (t.stop, t.answer, count_calls(t, "well_formed")) == (Stop.ANSWERED, "b", 1)
+
+
+def test_a_budget_of_tokens_is_kept_to_by_what_is_written_for_the_policy_too() -> None:
+    t = play("ircot", engine := Script("a", "b"), Search(result="f"), replace(LIMITS, max_tokens=23, max_calls=2))
+    assert (t.stop, len(engine.lines), t.answer) == (Stop.MAX_TOKENS, 1, None)
 
 
 def test_a_sentence_that_ends_the_text_is_a_query_as_well() -> None:
@@ -229,7 +255,7 @@ def test_what_is_written_as_a_sentence_is_read_as_a_query(text: str) -> None:
 
 
 def test_an_answer_that_is_not_closed_is_malformed() -> None:
-    assert isinstance(IRCOT.parse("<answer> b\n", {}), Malformed)
+    assert isinstance(IRCOT.parse("<answer> b\n", {"search": Search()}), Malformed)
 
 
 # -- with real parts --------------------------------------------------------------------------------------

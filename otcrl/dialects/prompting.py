@@ -5,7 +5,8 @@ that a model need not know of tags. Where the instructions hold {passages}, a to
 policy writes anything, and the prompt shows what it found: retrieval-augmented generation, one call. With
 `each_sentence` every line that the policy writes is a query too (IRCoT, arXiv:2212.10509): a line, its passages, the
 next line. There the passages of all queries are gathered above the reasoning, and the prompt is made anew for each
-sentence; here they stand after the sentence that found them, so that tokens are only ever appended.
+sentence; here they stand after the sentence that found them, so that tokens are only ever appended. There a reader
+reads the answer off once no query is left; here the answer's tag is written for the policy.
 """
 
 from __future__ import annotations
@@ -53,7 +54,11 @@ class Prompting:
             raise ConfigError(f"dialect.tool is {self.tool!r}, which is not in tools.{nearest(self.tool, tools)}")
 
     def stop(self, tools: Mapping[str, Tool]) -> Sequence[str]:
-        return [*self._tags.stop({}), *([LINE] if self.each_sentence else [])]
+        return [*self._tags.stop({}), *([LINE] if self.each_sentence and tools else [])]
+
+    @property
+    def conclusion(self) -> str | None:
+        return self.open_answer() if self.each_sentence else None
 
     def look_up(self, problem: Problem) -> Call | None:
         return Call(self.tool, problem.question) if PASSAGES in self.instructions else None
@@ -68,8 +73,9 @@ class Prompting:
     def parse(self, text: str, tools: Mapping[str, Tool]) -> Action:
         """The answer, or with `each_sentence` the line as a query. The policy has no tools of its own."""
         action = self._tags.parse(text, {})
-        if self.opening and text.startswith(self.opening) and not isinstance(action, Answer):
-            return Answer(text.removeprefix(self.opening).strip())
+        opening = self.opening if tools or not self.each_sentence else self.open_answer()
+        if opening and text.startswith(opening) and not isinstance(action, Answer):
+            return Answer(text.removeprefix(opening).strip())
         if isinstance(action, Answer | Malformed) or not self.each_sentence:
             return action
         return Call(self.tool, text.strip()) if text.strip() else Malformed("The line is empty. Write a sentence.")

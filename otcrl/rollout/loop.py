@@ -17,6 +17,7 @@ from otcrl.protocols import (
     Call,
     Calls,
     Completion,
+    Concludes,
     Dialect,
     Engine,
     Malformed,
@@ -198,6 +199,12 @@ class Player:
 
     async def _turn(self, draft: Draft, opening: str, *, temperature: float, seed: int, session: str) -> Stop | None:
         """One completion and what it asks for. Returns why the trajectory is over, or None."""
+        tools = self.tools
+        if (closing := self._conclusion(draft)) is not None:
+            tools = {}
+            if closing and not opening:
+                opening = closing
+                draft.inject(self.tokenizer.encode(opening))
         spent = len(draft.token_ids) - draft.prompt_length
         room = min(self.limits.max_tokens - spent, self.engine.context - len(draft.token_ids))
         if room <= 0:
@@ -207,7 +214,7 @@ class Player:
         begun = time.monotonic()
         completion = await self.engine.generate(
             draft.token_ids,
-            stop=self.dialect.stop(self.tools),
+            stop=self.dialect.stop(tools),
             max_tokens=min(room, self.limits.max_turn_tokens),
             temperature=temperature,
             seed=seed,
@@ -219,10 +226,22 @@ class Player:
         draft.sample(completion, text)
         if not completion.finished:
             return Stop.MAX_TOKENS
-        return await self._act(draft, text, session)
+        return await self._act(draft, text, tools, session)
 
-    async def _act(self, draft: Draft, text: str, session: str) -> Stop | None:
-        match self.dialect.parse(text, self.tools):
+    def _conclusion(self, draft: Draft) -> str | None:
+        """What is written for the policy before a turn that is for the answer alone; None before any other."""
+        turns_left = self.limits.max_turns - len(draft.turns)
+        if not isinstance(self.dialect, Concludes) or turns_left == 0:
+            return None
+        return self.dialect.conclusion if turns_left == 1 or self._is_spent(draft) else None
+
+    def _is_spent(self, draft: Draft) -> bool:
+        """Whether the budget of calls is."""
+        ran = sum(call.outcome in (Outcome.OK, Outcome.MODEL_ERROR) for call in draft.calls)
+        return ran == self.limits.max_calls
+
+    async def _act(self, draft: Draft, text: str, tools: Mapping[str, Tool], session: str) -> Stop | None:
+        match self.dialect.parse(text, tools):
             case Answer(answer):
                 draft.answer = answer
                 return Stop.ANSWERED
@@ -249,8 +268,7 @@ class Player:
     async def _call(self, draft: Draft, asked: Call | Malformed, text: str, session: str) -> ToolCall:
         if isinstance(asked, Malformed):
             return ToolCall("", text, f"Error: {asked.why}", Outcome.INVALID)
-        done = sum(call.outcome in (Outcome.OK, Outcome.MODEL_ERROR) for call in draft.calls)
-        if done == self.limits.max_calls:
+        if self._is_spent(draft):
             return ToolCall(asked.tool, asked.arguments, "", Outcome.OVER_BUDGET)
         draft.waits_for = ToolCall(asked.tool, asked.arguments, "not back before the deadline", Outcome.INFRA_ERROR)
         tool = self.tools[asked.tool]
