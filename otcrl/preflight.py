@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from otcrl.dialects.hermes import EXAMPLE
 from otcrl.errors import ConfigError, DataError
 from otcrl.evaluate.attempts import check_column
 from otcrl.experiment import Evaluate
 from otcrl.protocols import (
     Algorithm,
     Calls,
+    Chat,
     Dialect,
     Malformed,
+    Message,
     Prepares,
     RewardFn,
     Task,
@@ -27,6 +30,10 @@ from otcrl.protocols import (
 from otcrl.rollout.loop import Player
 from otcrl.sft import Sft, batch
 from otcrl.train import Loop
+from otcrl.types import Problem
+
+if TYPE_CHECKING:
+    from otcrl.models.tokenizer import HFTokenizer
 
 MOST_CHECKED = 2000  # prompts of each split that are tried before a run begins
 
@@ -56,7 +63,7 @@ def check_group_size(size: int, algo: Algorithm, reward: RewardFn) -> None:
             )
 
 
-def check_dialect(dialect: Dialect, task: Task, tokenizer: Tokenizer, tools: Mapping[str, Tool]) -> None:
+def check_dialect(dialect: Dialect, task: Task, tokenizer: HFTokenizer, tools: Mapping[str, Tool]) -> None:
     """Raises ConfigError when the task needs another dialect, or it cannot be written or cannot use the tools."""
     imitates = getattr(dialect, "calls", "run") == "imitate"
     if imitates != getattr(task, "imitates", False):
@@ -71,6 +78,25 @@ def check_dialect(dialect: Dialect, task: Task, tokenizer: Tokenizer, tools: Map
         dialect.check(tokenizer, tools)
     except ConfigError as error:
         raise type(error)(f"dialect: {error}") from error
+    own = task.held_out() if imitates else []  # with messages of their own
+    check_template(dialect, own[0] if own else EXAMPLE, tokenizer, tools)
+
+
+def check_template(dialect: Dialect, problem: Problem, tokenizer: HFTokenizer, tools: Mapping[str, Tool]) -> None:
+    """Raises DataError when the chat template loses a message: the policy would not hear of its tools, or be asked."""
+
+    def seen(ids: list[int]) -> str:
+        return "".join(tokenizer.decode(ids).split())  # templates may trim
+
+    prompt = dialect.prompt(problem, tools)
+    shown = seen(tokenizer.prompt_ids(prompt))
+    for message in prompt.messages if isinstance(prompt, Chat) else (Message("user", prompt),):
+        if seen(tokenizer.encode(message.content)) not in shown:
+            raise DataError(
+                f"dialect: {tokenizer.template.name} does not write the {message.role} message of "
+                f"{type(dialect).__name__}: {message.content[:60]!r} is not in the prompt as it is. Use another model, "
+                "or model.chat=false"
+            )
 
 
 def check_evaluation(config: Evaluate, task: Task, dialect: Dialect) -> None:

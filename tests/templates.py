@@ -37,6 +37,8 @@ ESCAPES = APPENDS.replace(TOOL, TOOL.replace("content", "content | tojson"))  # 
 REFUSES = APPENDS.replace("'\\n<tool_response>\\n' +", "raise_exception('no tools here') +")
 HIDES = APPENDS.replace("if tools", "if false")
 UNENDED = APPENDS.replace(ANY, ANY.replace("<|im_end|>", ""))
+SILENT = APPENDS.replace("messages[0].content if messages[0].role == 'system' else ", "")  # about the system message
+DEAF = APPENDS.replace(ANY, "'<|im_end|>\\n'")  # to what the user says
 OTHERWISE = APPENDS.replace("<tool_call>", "<function>")  # written
 
 

@@ -24,7 +24,7 @@ from otcrl.tasks.question_answering import QuestionAnswering
 from otcrl.tasks.tool_calls import ToolCalls
 from otcrl.types import Problem
 from tests.published import ROWS, TURN
-from tests.templates import chat_tokenizer
+from tests.templates import DEAF, SILENT, chat_tokenizer
 from tests.test_records import write
 
 TOOLRL = ToolRL(system="Use\n{tools}", calls="imitate")
@@ -205,6 +205,25 @@ def test_the_task_and_the_dialect_must_agree_that_nothing_runs():
             check_dialect(dialect, ToolCalls(), tokenizer, {})
     with pytest.raises(ConfigError, match=r"the task is not about calls to imitate: use dialect\.calls=run"):
         check_dialect(TOOLRL, QuestionAnswering(), tokenizer, {})
+
+
+def test_a_chat_template_that_loses_a_message_is_refused(tmp_path: Path):
+    """The policy would never hear of its tools and their format, or never be asked."""
+    run, tags = replace(TOOLRL, calls="run"), SearchR1(
+        instructions="Q: {question}", observation_template="{result}", require_think=False
+    )  # fmt: skip
+    path = write(tmp_path / "rows.jsonl", ROWS["toolrl"][:1])
+    for dialect, task, template, role in (
+        (run, QuestionAnswering(), SILENT, "system"),
+        (TOOLRL, ToolCalls(test=[str(path)]), SILENT, "system"),  # with a published prompt
+        (run, QuestionAnswering(), DEAF, "user"),
+        (tags, QuestionAnswering(), DEAF, "user"),
+    ):
+        check_dialect(dialect, task, chat_tokenizer(), {})
+        lost = f"the chat template of .* does not write the {role} message of {type(dialect).__name__}: '.+' is not in"
+        with pytest.raises(DataError, match=lost):
+            check_dialect(dialect, task, chat_tokenizer(template), {})
+    check_dialect(tags, QuestionAnswering(), chat_tokenizer(SILENT), {})  # it has no system message
 
 
 # -- real data ------------------------------------------------------------------------------------------------
