@@ -39,6 +39,7 @@ from otcrl.preflight import (
     check_group_size,
     check_names,
     check_questions,
+    check_reward,
 )
 from otcrl.presets import conf_dir
 from otcrl.protocols import Algorithm, Dialect, Engine, Task, Tool
@@ -338,7 +339,9 @@ def build_run(cfg: Config, world: World, bars: Bars, start: Start) -> Run:
     loop = construct_as(Loop, cfg["loop"], "loop")
     algo = construct(cfg["algo"], "algo")
     correction = construct_as(Correction, cfg["correction"], "correction")
-    reward = construct(cfg["reward"], "reward", correct=world.task.correct, tool_names=tuple(world.tools))
+    wired = {"correct": world.task.correct, "tool_names": tuple(world.tools), "dialect": world.dialect}
+    reward = construct(cfg["reward"], "reward", **wired)
+    check_reward(reward, algo, world.task, world.dialect, world.tools)
     engine = build_engine(cfg, world)
     collector = build_collector(cfg, world, engine)
     check_group_size(collector.group_size, algo, reward)

@@ -27,6 +27,7 @@ from otcrl.protocols import (
     Tokenizer,
     Tool,
 )
+from otcrl.rewards.format import FormatReward, fault
 from otcrl.rollout.loop import Player
 from otcrl.sft import Sft, batch
 from otcrl.train import Loop
@@ -61,6 +62,39 @@ def check_group_size(size: int, algo: Algorithm, reward: RewardFn) -> None:
                 f"rollout.group_size is {size}, and {type(part).__name__} compares trajectories of one problem: "
                 f"use 2 or more, or {instead}"
             )
+
+
+def check_reward(reward: RewardFn, algo: Algorithm, task: Task, dialect: Dialect, tools: Mapping[str, Tool]) -> None:
+    """Raises ConfigError for a reward that says nothing of this task, this dialect or to this algorithm."""
+    within = getattr(reward, "reward", reward)  # Overlong's
+    if getattr(within, "imitates", False) and not getattr(task, "imitates", False):
+        raise ConfigError(
+            f"reward is {type(within).__name__}, which compares a turn with a published one, and the task has none: "
+            "use task=tool_calls, or another reward"
+        )
+    if getattr(reward, "can_be_negative", False) and getattr(algo, "refuses_negative", False):
+        raise ConfigError(
+            f"algo is {type(algo).__name__}, which divides by a group's mean reward, and {type(reward).__name__} can "
+            "be below 0: use reward=outcome, reward=otc_grpo, or another algo"
+        )
+    if (
+        isinstance(within, FormatReward)
+        and within.rules == "sequence"
+        and (why := fault(well_formed(dialect, tools), within.calls, within.result))
+    ):
+        raise ConfigError(
+            f"reward.rules is 'sequence', and what {type(dialect).__name__} writes never keeps to it with "
+            f"reward.calls={list(within.calls)} and reward.result={within.result!r} ({why}): use "
+            "reward.rules=dialect, or leave calls and result empty"
+        )
+
+
+def well_formed(dialect: Dialect, tools: Mapping[str, Tool]) -> str:
+    """A response with a thought, a call of each tool and an answer, as the dialect writes them."""
+    thought = "<think> t </think>"
+    called = () if isinstance(dialect, Prepares) else tools  # there the policy makes none
+    turns = [f"{thought}{dialect.write_call(name, 'q')}{dialect.observation('r')}" for name in called]
+    return "".join([*turns, thought, dialect.write_answer("a")])
 
 
 def check_dialect(dialect: Dialect, task: Task, tokenizer: HFTokenizer, tools: Mapping[str, Tool]) -> None:

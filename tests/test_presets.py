@@ -309,6 +309,12 @@ REFUSED = {
     "conf=toolrl_grpo reward.granularity=corse": "reward.granularity must be 'fine' or 'refined' or 'intermediate' or ",
     "conf=toolrl_grpo reward.most=0": "reward: most must be above 0, got 0.0",
     "conf=toolrl_grpo reward.length.first=512": "reward.length: last must be at least 1, got 0",
+    "conf=otc_grpo_search reward=toolrl": "reward is ToolRLReward, which compares a turn with a published one, and the "
+    "task has none: use task=tool_calls, or another reward",
+    "conf=torl_grpo algo=max_rl": "algo is MaxRL, which divides by a group's mean reward, and ToRLReward can be below ",
+    "conf=otc_grpo_search algo=max_rl reward=overlong": "mean reward, and Overlong can be below 0: use reward=outcome",
+    "conf=torl_grpo reward=format": "reward.rules is 'sequence', and what ToRL writes never keeps to it with ",
+    "conf=otc_grpo_search reward=format reward.result=information": "reward.result='information' ('<observation>r</ob",
 }  # fmt: skip
 
 

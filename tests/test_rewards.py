@@ -455,6 +455,18 @@ def test_the_tags_are_those_of_the_dialect():
     assert fault(response) is not None
 
 
+@pytest.mark.parametrize(("name", "tag"), [("search_r1", "information"), ("otc", "observation")])
+def test_the_tags_are_those_of_the_tools_and_the_dialect_unless_they_are_set(name, tag):
+    dialect = construct(yaml.safe_load((conf_dir() / f"dialect/{name}.yaml").read_text()), "dialect")
+    said = {"tool_names": ("search", "python"), "dialect": dialect}
+    reward = format_reward(calls=[], result="", **said)
+    assert (reward.calls, reward.result) == (("search", "python"), tag)
+    response = f"<think> d </think>{dialect.write_call('python', 'q')}{dialect.observation('r')}<think> e </think>"
+    assert fault(response + dialect.write_answer("a"), reward.calls, reward.result) is None
+    reward = format_reward(calls=["python"], result="seen", **said)
+    assert (reward.calls, reward.result) == (["python"], "seen")
+
+
 def format_reward(**other) -> FormatReward:
     settings = {"structure": 0.2, "final": 0.1, "retrieval": 0.1, "rules": "sequence"}
     return FormatReward(**{"correct": correct, "calls": ["search"], "result": "information"} | settings | other)

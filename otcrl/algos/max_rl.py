@@ -31,6 +31,7 @@ class MaxRL:
     needs_reference = False
     trains_entropy = False
     only_advantages_matter = True
+    refuses_negative = True  # rewards
 
     def targets(self, batch: Batch, scores: Scores) -> Targets:
         """Raises TrainingError for a reward below 0: a mean of 0, or below it, is nothing to divide by."""

@@ -6,10 +6,12 @@ This is its v0.3. Its v0.2, exact match alone, is `reward=outcome` with require_
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from otcrl.dialects.search_r1 import TAG
+from otcrl.protocols import Dialect
 from otcrl.rewards.matching import mentions
 from otcrl.rewards.outcome import Correct
 from otcrl.types import Outcome, Reward, Trajectory
@@ -61,11 +63,19 @@ class FormatReward:
     final: float  # lambda_f
     retrieval: float  # lambda_r: a gold answer stands in an observation
     rules: Literal["sequence", "dialect"]
-    calls: Sequence[str]
-    result: str
+    calls: Sequence[str]  # tags; empty: the tools' names
+    result: str  # tag; empty: the one that the dialect writes
+    tool_names: Collection[str] = ()
+    dialect: Dialect | None = None  # None: nobody knows it here
 
-    wired = frozenset({"correct"})
+    wired = frozenset({"correct", "tool_names", "dialect"})
     needs_groups = False
+
+    def __post_init__(self) -> None:
+        # tags that nobody writes would make every trajectory with a call malformed
+        tag = TAG.search(str(self.dialect.observation(""))) if self.dialect else None
+        object.__setattr__(self, "calls", self.calls or tuple(self.tool_names))
+        object.__setattr__(self, "result", self.result or (tag[2] if tag else ""))
 
     def __call__(self, trajectories_PG: Sequence[Sequence[Trajectory]]) -> list[list[Reward]]:
         return [[self._score(t) for t in group] for group in trajectories_PG]

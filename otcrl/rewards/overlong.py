@@ -26,6 +26,8 @@ class Overlong:
     max_tokens: int
     cache_tokens: int  # the slope, before max_tokens
 
+    can_be_negative = True
+
     def __post_init__(self) -> None:
         if not 0 < self.cache_tokens <= self.max_tokens:
             raise ValueError(

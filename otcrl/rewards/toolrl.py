@@ -173,6 +173,8 @@ class ToolRLReward:
     length: Length = Length()
 
     needs_groups = False
+    imitates = True  # so the task must too: it looks for calls in the gold answer
+    can_be_negative = True
 
     def __post_init__(self) -> None:
         check_above_zero(self, "most")

@@ -20,6 +20,7 @@ class ToRLReward:
 
     wired = frozenset({"correct"})
     needs_groups = False
+    can_be_negative = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.error_penalty < math.inf:
