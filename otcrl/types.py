@@ -118,6 +118,7 @@ class Reward:
 
     value: float
     parts: Metrics = field(default_factory=dict)
+    unshaped: float | None = None  # the value without what is paid for length alone; None: there is no such part
 
 
 @dataclass(frozen=True, slots=True)

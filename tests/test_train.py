@@ -11,13 +11,17 @@ from pathlib import Path
 from shutil import rmtree
 
 import pytest
+import yaml
 
 from otcrl import cli
 from otcrl.build import run_eval, run_sft, run_train
 from otcrl.cli import eval_config, run_config
+from otcrl.construct import construct
 from otcrl.errors import ConfigError, TrainingError
+from otcrl.presets import conf_dir
 from otcrl.protocols import RewardFn
 from otcrl.rewards.given_up import GIVEN_UP
+from otcrl.rewards.overlong import Overlong
 from otcrl.rollout.schedule import Group
 from otcrl.rollout.scoring import check_void, has_signal, score
 from otcrl.train import rollout_metrics
@@ -223,6 +227,22 @@ def test_a_group_carries_a_signal_when_its_rewards_differ_and_is_scored_once():
     assert not has_signal(reward, played(1, trajectory(), trajectory()))
     assert has_signal(reward, played(2, DOWN, DOWN))  # no signal either, but another would be lost as well
     assert len(reward.asked) == 2
+
+
+def test_right_answers_that_differ_in_length_alone_are_no_signal_and_those_that_differ_in_calls_are():
+    """DAPO's condition is on right answers (Eq. 11): length shaping must not fill a step with what all can do."""
+
+    def longer(t: Trajectory) -> Trajectory:
+        return replace(t, token_ids=[1, 2, 2], action_mask=[False, True, True], logprobs=[0.0] * 3, versions=[0] * 3)
+
+    reward = Overlong(reward=Right(), max_tokens=3, cache_tokens=3)
+    alike = played(0, trajectory(), longer(trajectory()))
+    assert not has_signal(reward, alike)
+    assert [r.value for _, r in alike.scored or []] == pytest.approx([1 - 1 / 3, 1 - 2 / 3])  # and they are paid so
+    assert has_signal(reward, played(1, trajectory(), longer(trajectory(right=False))))
+    settings = yaml.safe_load((conf_dir() / "reward/otc_grpo.yaml").read_text())
+    efficient = construct(settings, "reward", correct=lambda answer, problem: 1.0)
+    assert has_signal(replace(reward, reward=efficient), played(2, trajectory(calls=1), trajectory(calls=2)))
 
 
 def test_too_many_void_trajectories_stop_the_run_and_name_the_tool_and_its_error():

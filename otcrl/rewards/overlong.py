@@ -47,7 +47,7 @@ class Overlong:
     def _shaped(self, t: Trajectory, r: Reward) -> Reward:
         first = t.action_mask.index(True) if True in t.action_mask else len(t.action_mask)
         penalty = overlong(len(t.token_ids) - first, self.max_tokens, self.cache_tokens)
-        return Reward(r.value + penalty, {**r.parts, "overlong": penalty})
+        return Reward(r.value + penalty, {**r.parts, "overlong": penalty}, unshaped=r.value)
 
     def state_dict(self) -> dict[str, float]:
         return self.reward.state_dict()

@@ -45,9 +45,13 @@ def counted(group: Group) -> list[Trajectory]:
 
 
 def has_signal(reward: RewardFn, group: Group) -> bool:
-    """Whether its rewards differ. A group that infrastructure has emptied is not played again: its step is smaller."""
+    """Whether its rewards differ, in more than what length is paid: DAPO's condition is on who is right (Eq. 11).
+
+    A group that infrastructure has emptied is not played again: its step is smaller.
+    """
     score(reward, [group])
-    return not group.scored or len({r.value for _, r in group.scored}) > 1
+    values = {r.value if r.unshaped is None else r.unshaped for _, r in group.scored or ()}
+    return not group.scored or len(values) > 1
 
 
 def check_void(groups: Sequence[Group], max_void_share: float) -> None:
