@@ -55,7 +55,8 @@ def compose(overrides: Sequence[str], *, preset: Path | None = None, run: Path |
         group = override.key_or_group
         if group in groups() and not override.is_delete() and not names(group, override.value()):
             raise ConfigError(f"{override.input_line!r}: {group} is chosen by name.{nearest('', options(group))}")
-    chosen = {override.key_or_group: names(override.key_or_group, override.value()) for override in parsed}
+    whole = [override for override in parsed if not override.package]  # reward@reward.reward=NAME is a part of one
+    chosen = {override.key_or_group: names(override.key_or_group, override.value()) for override in whole}
     with staged(preset, run, chosen) as stage:
         config = compose_staged(stage, overrides)
     sections = [*known_sections()]
@@ -211,7 +212,9 @@ def keys_of(group: str, choice: str, search: Sequence[Path]) -> set[str] | None:
     if path is None:
         return None
     content = load(path)
-    return {*content, *(key for base in defaults(content)[0] for key in keys_of(group, base, search) or ())}
+    bases, choices = defaults(content)
+    parts = {key.partition("@")[2] for key in choices if "@" in key}  # /reward@reward: the section that it becomes
+    return {*content, *parts, *(key for base in bases for key in keys_of(group, base, search) or ())}
 
 
 def found_in(search: Sequence[Path], name: str) -> Path | None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import pytest
 import yaml
@@ -205,6 +205,12 @@ def sections(node: object, where: str) -> Iterator[tuple[str, Mapping[str, objec
             yield from sections(value, where)
 
 
+def listed(section: Mapping[str, Any]) -> set[str]:
+    """Its settings; a part that its defaults choose (`/reward@reward: outcome`) is one."""
+    chosen = (key for entry in section.get("defaults", ()) if isinstance(entry, Mapping) for key in entry)
+    return section.keys() - {"_target_", "defaults"} | {key.partition("@")[2] for key in chosen}
+
+
 YAMLS = sorted(path for path in conf_dir().rglob("*.yaml") if path.parent.name != "experiment")
 
 
@@ -213,7 +219,7 @@ def test_a_yaml_lists_exactly_the_settings_of_its_class(path: Path):
     content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     for where, section in sections(content, path.stem):
         cls = locate(section["_target_"], where)
-        assert section.keys() - {"_target_"} == settings_of(cls).keys() - wired_parts(cls), where
+        assert listed(section) == settings_of(cls).keys() - wired_parts(cls), where
 
 
 @pytest.mark.parametrize("preset", presets(), ids=lambda preset: preset.name)

@@ -57,6 +57,22 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**config, "model": model, "sft": {**config["sft"], "steps": 0}}
 
 
+def test_dapo_in_full_trains_with_otc_from_the_command_line(tmp_path: Path):
+    words = [
+        *SMALL, "sft.steps=5", "algo=dapo", "rollout.schedule.only_signal=true", "rollout.schedule.max_draws=2",
+        "reward=overlong", "reward@reward.reward=otc_grpo", "reward.reward.c=3", "reward.cache_tokens=50",
+        "reward.reward.format_weight=0.5", f"run_dir={tmp_path}",
+    ]  # fmt: skip
+    words = [word for word in words if word != "sft.steps=150"]
+    config = run_config(words)
+    assert config["reward"]["reward"]["_target_"] == "otcrl.rewards.otc.OTCReward"
+    assert (config["reward"]["reward"]["c"], config["reward"]["max_tokens"]) == (3, 100)
+    run_train(config)
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][:2]
+    assert [row["step"] for row in steps] == [0, 1]
+    assert all({"reward/tool", "reward/overlong"} <= row.keys() for row in steps)
+
+
 @EVERY_ALGORITHM
 @EVERY_REWARD
 def test_every_otc_reward_trains_atlas_with_every_algorithm(

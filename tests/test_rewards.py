@@ -171,7 +171,9 @@ def test_an_unknown_choice_is_refused_by_name(name, value):
 
 @pytest.mark.parametrize("path", sorted(conf_dir().glob("reward/*.yaml")), ids=lambda path: path.stem)
 def test_every_yaml_is_a_reward(path):
-    settings = yaml.safe_load(path.read_text()) | ({"max_tokens": 1000} if path.stem == "overlong" else {})
+    settings = yaml.safe_load(path.read_text())
+    if settings.pop("defaults", None):
+        settings |= {"max_tokens": 1000, "reward": yaml.safe_load((path.parent / "outcome.yaml").read_text())}
     reward = construct(settings, "reward", correct=correct, tool_names=("search",))
     of = problem(answer="<think> paris </think>")
     (scored,) = reward([[trajectory(of=of), trajectory(of=of, right=False)]])
