@@ -12,5 +12,11 @@ NAMES = sorted(path.stem for path in (conf_dir() / "algo").glob("*.yaml"))
 WITH_GROUPS = [name for name in NAMES if name not in ("ppo", "reinforce_pp")]
 
 
+def section(name: str) -> dict[str, object]:
+    """Its yaml, where the most tokens that a trajectory may hold are 2048."""
+    content = yaml.safe_load((conf_dir() / f"algo/{name}.yaml").read_text())
+    return content | ({"max_tokens": 2048} if "max_tokens" in content else {})
+
+
 def algorithm(name: str, **settings: object) -> Algorithm:
-    return construct(yaml.safe_load((conf_dir() / f"algo/{name}.yaml").read_text()) | settings, "algo")
+    return construct(section(name) | settings, "algo")

@@ -15,6 +15,7 @@ from otcrl.cli import run_config
 from otcrl.construct import construct
 from otcrl.presets import conf_dir
 from otcrl.types import Scores, pack
+from tests import algorithms
 from tests.algorithms import NAMES, algorithm
 from tests.make import trajectory
 
@@ -79,7 +80,7 @@ def test_every_otc_reward_trains_atlas_with_every_algorithm(
     form: str, name: str, config: dict[str, Any], tmp_path: Path
 ):
     reward = section("reward", form, REWARDS[form] | {"format_weight": 0.5})  # it is hardly ever right so early
-    run_train({**config, "reward": reward, "algo": section("algo", name, {}), "run_dir": str(tmp_path / "run")})
+    run_train({**config, "reward": reward, "algo": algorithms.section(name), "run_dir": str(tmp_path / "run")})
     steps = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][:2]
     assert [row["step"] for row in steps] == [0, 1]
     assert all(row["reward/groups_with_signal"] > 0 for row in steps)
