@@ -315,6 +315,7 @@ REFUSED = {
     "conf=otc_grpo_search algo=max_rl reward=overlong": "mean reward, and Overlong can be below 0: use reward=outcome",
     "conf=torl_grpo reward=format": "reward.rules is 'sequence', and what ToRL writes never keeps to it with ",
     "conf=otc_grpo_search reward=format reward.result=information": "reward.result='information' ('<observation>r</ob",
+    "conf=otc_grpo_search reward.price.per_second=0.01": "reward: form grpo is for whole calls: it jumps at n = 0",
 }  # fmt: skip
 
 

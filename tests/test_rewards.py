@@ -275,6 +275,23 @@ def test_n_is_the_least_price_of_a_right_answer():
     assert reward.table == {"nq/train/0": 2.0}
 
 
+IN_PARTS = {
+    "price.tools.search=0.5": prices(search=0.5),
+    "price.per_second=0.01": replace(prices(), per_second=0.01),
+    "price.per_token=0.1": replace(prices(), per_token=0.1),
+    "price.per_fee=1.0": replace(prices(), per_fee=1.0),  # a fee may be a cent
+}
+
+
+@pytest.mark.parametrize(("name", "price"), IN_PARTS.items(), ids=IN_PARTS.keys())
+def test_parts_of_calls_are_refused_where_the_reward_jumps_and_taken_where_it_does_not(name, price):
+    assert (r_tool_grpo(1.0, 0.01, 4.0), r_tool_grpo(1.0, 0.0, 4.0)) == pytest.approx((0.0311, 0.8660), abs=1e-4)
+    with pytest.raises(ValueError, match=f"form grpo is for whole calls: .*{name} makes n a part of one: use form ppo"):
+        otc("grpo", price=price)
+    otc("ppo", price=price)
+    otc("grpo", price=replace(prices(search=2.0, python=0.0), per_token=1.0))
+
+
 def test_a_price_for_a_tool_that_is_not_there_is_refused_with_the_nearest_name():
     settings = {"tools": {"serch": 2.0}, "per_second": 0.0, "per_token": 0.0, "per_fee": 0.0}
     section = {"_target_": "otcrl.rewards.cost.Price", **settings}

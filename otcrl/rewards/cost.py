@@ -23,15 +23,23 @@ class Price:
     wired = frozenset({"tool_names"})
 
     def __post_init__(self) -> None:
-        prices = {f"tools.{name}": price for name, price in self.tools.items()}
-        prices |= {name: getattr(self, name) for name in ("per_second", "per_token", "per_fee")}
-        for name, price in prices.items():
+        for name, price in self.named.items():
             if not 0 <= price < math.inf:
                 raise ValueError(f"{name} must be 0 or more, got {price}")
         known = self.tools if self.tool_names is None else self.tool_names
         for name in self.tools:
             if name not in known:
                 raise ValueError(f"tools: there is no tool {name!r}.{nearest(name, known)}")
+
+    @property
+    def named(self) -> dict[str, float]:
+        rates = {name: getattr(self, name) for name in ("per_second", "per_token", "per_fee")}
+        return {f"tools.{name}": price for name, price in self.tools.items()} | rates
+
+    def in_parts(self) -> str:
+        """The first setting that can make a cost that is no whole number; "" where none does."""
+        measured = ("per_second", "per_fee")  # times what is no whole number itself
+        return next((name for name, p in self.named.items() if p % 1 or (p and name in measured)), "")
 
 
 def cost(t: Trajectory, counter: str, price: Price) -> float:

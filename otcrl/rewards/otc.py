@@ -32,7 +32,7 @@ def r_tool_grpo(m: float, n: float, c: float) -> float:
     """Eq. 6:  1 if f = n = 0;  cos(m pi / (2m + c)) if n = 0;  sin(f pi / 2n) otherwise, whose peak is m = n.
 
     It jumps at n = 0: with one call too many it pays cos(pi / (2 + c)) there, and nearly nothing for a small n > 0.
-    So prices that are not whole calls (seconds, tokens) want Eq. 5.
+    So prices that are not whole calls (seconds, tokens) want Eq. 5, and are refused here.
     """
     if n == 0:
         return r_tool_ppo(m, c)  # equals 1 at m = 0
@@ -93,6 +93,11 @@ class OTCReward:
                 hint = nearest(value, choices)
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.{hint}")
         check_above_zero(self, "alpha", "c")
+        if self.form == "grpo" and (name := self.price.in_parts()):
+            raise ValueError(
+                f"form grpo is for whole calls: it jumps at n = 0, and price.{name}={self.price.named[name]} makes n a "
+                "part of one: use form ppo"
+            )
 
     @property
     def needs_groups(self) -> bool:
