@@ -48,7 +48,7 @@ TAGS = SearchR1(
     observation_template="\n\n<information>{result}</information>\n\n",
     require_think=False,
 )
-FENCES = ToRL(instructions="Solve: {question}")
+FENCES = ToRL(instructions="Solve: {question}", free_last_turn=False)
 TASK = QuestionAnswering()
 CODE = ReTool(instructions="Solve: {question}", tool="python")
 HERMES = Hermes(
@@ -287,6 +287,13 @@ def test_torl_answers_only_in_its_last_turn_and_takes_the_last_box():
 def test_torl_stops_for_tools_only_when_there_are_some():
     assert FENCES.stop(TOOLS) == ["```output"]
     assert FENCES.stop({}) == []
+
+
+def test_torl_without_tools_takes_whatever_is_written_as_final():
+    made_up = "```python\nprint(2)\n```\n```output\n2\n```\nso \\boxed{2}"
+    assert FENCES.parse(made_up, {}) == Answer("2")
+    assert FENCES.conclusion is None
+    assert replace(FENCES, free_last_turn=True).conclusion == ""
 
 
 def test_a_written_torl_call_and_its_observation_make_whole_fences():

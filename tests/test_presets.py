@@ -97,7 +97,7 @@ CODE: Values = {  # scripts/torl_1.5b.sh, with C = 3 of OTC
     "algo.kl_coef": 0.0,
     "algo.entropy_coef": 0.0,
 }
-ASKED: Values = {"dialect.instructions": TRANSCRIPT}
+ASKED: Values = {"dialect.instructions": TRANSCRIPT, "dialect.free_last_turn": True}
 TOOLRL: Values = {  # examples/grpo_trainer/run_grpo.sh
     "loop.problems_per_step": 512,
     "loop.steps": 3920 // 512 * 15,

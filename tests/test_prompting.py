@@ -181,6 +181,21 @@ def test_a_look_up_beyond_the_budget_of_calls_ends_the_trajectory() -> None:
     assert (t.stop, tool.asked, count_calls(t, "emitted")) == (Stop.MAX_CALLS, [], 1)
 
 
+# -- ToRL's last turn -------------------------------------------------------------------------------------
+
+CODE = "```search\nq\n```\n```output"
+
+
+def test_in_torls_last_turn_nothing_runs_and_nothing_stops_so_it_may_still_answer() -> None:
+    made_up = CODE + "\n7\n```\nso \\boxed{b}"
+    for limits in ({"max_calls": 1}, {"max_turns": 2}):
+        t = play("torl", engine := Script(CODE, made_up), tool := Search(), replace(LIMITS, **limits))
+        assert (t.stop, t.answer, len(tool.asked), count_calls(t, "emitted")) == (Stop.ANSWERED, "b", 1, 1)
+        assert engine.stops == [["```output"], []]
+    t = play("torl_brief", engine := Script(CODE, CODE), tool := Search(), replace(LIMITS, max_calls=1))
+    assert (t.stop, t.answer, engine.stops[1]) == (Stop.MAX_CALLS, None, ["```output"])
+
+
 # -- IRCoT ----------------------------------------------------------------------------------------------
 
 

@@ -114,4 +114,4 @@ def test_what_reasoning_gym_cannot_make_is_refused(settings: dict, why: str):
 
 def test_there_is_nothing_to_demonstrate():
     with pytest.raises(ConfigError, match=r"set sft\.steps=0"):
-        PLAIN.demonstrations(0, 1, ToRL(instructions="{question}"))
+        PLAIN.demonstrations(0, 1, ToRL(instructions="{question}", free_last_turn=False))

@@ -29,7 +29,7 @@ TAGS = SearchR1(
     observation_template="\n<information>{result}</information>\n",
     require_think=False,
 )
-NOTEBOOK = ToRL(instructions="Problem: {question}\n")
+NOTEBOOK = ToRL(instructions="Problem: {question}\n", free_last_turn=False)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ BOXED = "\\boxed{"
 @dataclass(frozen=True, kw_only=True)
 class ToRL:
     instructions: str  # holds {question}
+    free_last_turn: bool  # True: after the last call nothing runs, and what is written is final, made-up outputs too
 
     @property
     def ends_with_stop_token(self) -> bool:
@@ -40,8 +41,8 @@ class ToRL:
         return self.instructions.replace("{question}", problem.question)
 
     def parse(self, text: str, tools: Mapping[str, Tool]) -> Action:
-        """A turn that opens an output block runs its last code block; any other turn is final."""
-        at = text.find(OUTPUT)
+        """A turn that opens an output block runs its last code block; any other, or one without tools, is final."""
+        at = text.find(OUTPUT) if tools else -1
         if at >= 0:
             blocks = BLOCK.findall(text[:at])
             if not blocks:
@@ -52,6 +53,10 @@ class ToRL:
             return Call(language, code)
         answers = boxed(text)
         return Answer(answers[-1]) if answers else Nothing()
+
+    @property
+    def conclusion(self) -> str | None:
+        return "" if self.free_last_turn else None
 
     def answered(self, sampled_turns: Sequence[str]) -> str | None:
         """ToRL judges the last box of the whole response (math_verifier.py): one before the last program counts."""
