@@ -112,6 +112,19 @@ WORLDS = {
         systems={"search_r1_grpo": ["reward=outcome"], "otc_grpo": ["reward=otc_grpo", "reward.c=10.0"]},
         seeds={"search_r1_grpo": (0, 1), "otc_grpo": (0, 1)},
     ),
+    "single_hop": World(  # of NQ-open what the passages answer: one search suffices, and two were shown
+        settings=(
+            *("conf=smollm2_search", "task.seed=0", "task.max_test=150", "task.in_domain=[nq]"),
+            "task.train=[runs/single_hop/nq/train.jsonl.gz]",  # EfficientQA is held out
+            "task.test=[runs/single_hop/nq/test.jsonl.gz,runs/single_hop/efficientqa/test.jsonl.gz]",
+            *("tools.search.topk=1", "task.demo_passages=1", "task.demo_query=question"),
+            *("tools.search.max_passage_words=40", "task.demo_max_words=40"),
+        ),
+        start=("sft.steps=64", "task.demo_direct=0.15", "task.demo_extra=0.7"),
+        training=(*RL_SEARCH, "rollout.group_size=8"),
+        systems={"search_r1_grpo": ["reward=outcome"], "otc_grpo": ["reward=otc_grpo", "reward.c=4.0"]},
+        seeds={"search_r1_grpo": (0, 1), "otc_grpo": (0, 1)},
+    ),
 }
 
 

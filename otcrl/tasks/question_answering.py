@@ -49,6 +49,7 @@ class QuestionAnswering:
     corpus: Sequence[str] = ()  # files {id, title, text} that `gold_ids` point into; for demonstrations only
     demo_direct: float = 0.0  # share of demonstrations that answer without a call
     demo_extra: float = 0.0  # share of demonstrations with one redundant call
+    demo_query: Literal["title", "question"] = "title"  # what a demonstration searches for; a redundant call: the other
     demo_passages: int = 3  # passages in an observation: the gold one and random others
     demo_max_words: int = 100  # words of a passage that are shown; 0: all
     thoughts: bool = False  # True: demonstrations say in <think> tags what they look up, and why they stop
@@ -62,6 +63,10 @@ class QuestionAnswering:
             raise ConfigError(
                 "demo_direct and demo_extra are shares of the demonstrations and must add up to at most 1, "
                 f"got {self.demo_direct} and {self.demo_extra}"
+            )
+        if self.demo_query not in (choices := ("title", "question")):
+            raise ConfigError(
+                f"demo_query must be title or question, got {self.demo_query!r}.{nearest(self.demo_query, choices)}"
             )
         for name, least in (("demo_passages", 1), ("demo_max_words", 0)):
             if getattr(self, name) < least:
@@ -178,9 +183,11 @@ class QuestionAnswering:
         draw = rng.random()
         if draw < self.demo_direct:
             return []
-        searches = [(passage.title, passage) for passage in reading_order(problem, self._gold(problem))]
-        if draw < self.demo_direct + self.demo_extra:
-            searches.append((problem.question, searches[-1][1]))  # asks again for what it has just read
+        read = reading_order(problem, self._gold(problem))
+        asks_titles = self.demo_query == "title"
+        searches = [(passage.title if asks_titles else problem.question, passage) for passage in read]
+        if draw < self.demo_direct + self.demo_extra:  # asks again for what it has just read
+            searches.append((problem.question if asks_titles else read[-1].title, read[-1]))
         return searches
 
     def _gold(self, problem: Problem) -> list[Passage]:

@@ -1,0 +1,50 @@
+"""Questions that a corpus answers: those whose best passage, as the search tool shows it, holds an answer.
+
+    python benchmarks/answerable.py DIR/nq_open/train.jsonl.gz --index indexes/multihop --out DIR/nq/train.jsonl.gz
+
+NQ-open comes without passages. A row of the result names the passage (`gold_ids`), so that demonstrations can be made.
+A question that is there twice, word by word, is kept once; the rest keep their order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+
+from otcrl.rewards.matching import mentions
+from otcrl.tasks.records import read_problems
+from otcrl.tools.retrieval.index import open_index
+
+BATCH = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("questions", nargs="+", help="files of questions")
+    parser.add_argument("--index", type=Path, default=Path("indexes/multihop"))
+    parser.add_argument("--words", type=int, default=40, help="of a passage that are shown")
+    parser.add_argument("--out", type=Path, required=True, help="a .jsonl.gz file")
+    options = parser.parse_args()
+
+    read = [p for source in options.questions for p in read_problems(source, skip_bad_rows=True)]
+    problems = list({p.question: p for p in read}.values())
+    index = open_index(options.index)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    kept = 0
+    with gzip.open(options.out, "wt", encoding="utf-8") as file:
+        for start in range(0, len(problems), BATCH):
+            some = problems[start : start + BATCH]
+            for problem, hits in zip(some, index.search([p.question for p in some], 1), strict=True):
+                shown = " ".join(hits[0].passage.text.split()[: options.words])
+                if any(mentions(shown, answer) for answer in problem.answers):
+                    row = {"id": problem.id.rpartition("/")[2], "question": problem.question}
+                    row |= {"answers": list(problem.answers), "gold_ids": [hits[0].passage.id]}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    kept += 1
+    print(f"{options.out}: {kept} of {len(problems)} questions")
+
+
+if __name__ == "__main__":
+    main()
