@@ -428,7 +428,7 @@ def test_the_time_to_an_em_is_that_of_the_first_step_whose_window_reaches_it(run
     assert time_to(rows, 0.3, window=2) is not None
     reached = time_to(rows, 0.49, window=2)
     assert reached is not None
-    assert (reached.step, reached.seconds) == (4, 20.0)
+    assert (reached.step, reached.seconds, reached.at_most) == (4, 20.0, False)
     assert time_to(rows, 0.95, window=2) is None
     assert em_curve(rows, window=100) == pytest.approx([0.5])  # fewer steps than the window: all of them
     unlogged = [{k: v for k, v in row.items() if k != "reward/correct"} for row in rows]
@@ -467,7 +467,7 @@ def test_compare_tells_figures_behaviour_costs_and_settings(
         "EM at the end 0.450 0.900",
         "calls per trajectory 2.000 1.000 (▼50.0%)",
         "seconds of all steps 60.000 30.000 (▼50.0%)",
-        "steps to EM 0.450 6 4",
+        "steps to EM 0.450 6 4",  # the highest of the one that has less
         "seconds to EM 0.450 60.000 20.000",
         "reward._target_: OutcomeReward | OTCReward",
         "p: paired bootstrap over questions",
@@ -475,12 +475,28 @@ def test_compare_tells_figures_behaviour_costs_and_settings(
         assert words in text, words
     said = json.loads((tmp_path / "out.json").read_text())
     assert said["sets"]["overall"]["behaviour"]["more_accurate"]["value"] == pytest.approx(2 / 6)
-    assert said["training"]["runs"]["otc"]["to_em"] == {"step": 4, "seconds": 20.0}
+    assert said["training"]["runs"]["otc"]["to_em"] == {"step": 4, "seconds": 20.0, "at_most": False}
     assert said["settings"][0] == ["reward._target_", "OutcomeReward", "OTCReward"]
 
 
 def test_compare_says_when_an_em_was_never_reached(runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     assert shown(capsys, "compare", *runs, "window=2", "em=0.95").count("not reached") == 4  # step and seconds, twice
+
+
+def test_an_em_that_the_first_steps_had_is_said_to_be_so(
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = save(runs[0].parent / "flat", {"after": BASELINE}, rows=[step(0.5)] * 30)
+    risen = save(runs[0].parent / "risen", {"after": RUN}, rows=[step(0.25)] * 20 + [step(0.75)] * 10)
+    for pair in ((flat, risen), (risen, flat)):  # both can be asked for it, whichever is the baseline
+        rows = {row[0]: row[1:] for row in rows_of(shown(capsys, "table", *pair, "of=training"))}
+        forwards = slice(None, None, 1 if pair[0] is flat else -1)
+        assert rows["steps to EM 0.500"][forwards] == ["≤10", "25"]
+        assert rows["seconds to EM 0.500"][forwards] == ["≤100.0", "250.0"]
+    fallen = save(runs[0].parent / "fallen", {"after": RUN}, rows=[step(0.5)] * 20 + [step(0.25)] * 10)
+    rows = {row[0]: row[1:] for row in rows_of(shown(capsys, "table", flat, fallen, "of=training"))}
+    assert rows["steps to EM 0.500"] == ["≤10", "≤10"]
+    assert r"$\leq$10" in shown(capsys, "table", flat, fallen, "of=training", "format=latex")
 
 
 def test_runs_that_were_never_trained_are_compared_as_well(

@@ -12,7 +12,7 @@ from otcrl.evaluate.grid import Cell, Content, Grid, share, terminal
 from otcrl.evaluate.options import Common, CompareOptions, parsed, write
 from otcrl.evaluate.paired import Comparison, Difference, compare, pairs
 from otcrl.evaluate.runs import Evaluated, changed_settings, find, labels, steps
-from otcrl.evaluate.training import FIGURES, em_curve, time_to, training
+from otcrl.evaluate.training import FIGURES, Reached, em_curve, time_to, training
 from otcrl.types import Metrics
 
 OVERALL = "overall"
@@ -162,7 +162,7 @@ def training_grid(rows: Mapping[str, Sequence[Metrics]], options: Common) -> Gri
     """What training cost each run, the first being the one that the others are compared with."""
     found = {label: training(own, options.window) for label, own in rows.items()}
     baseline, *others = found.values()
-    em = target(next(iter(rows.values())), options)
+    em = target(list(rows.values()), options)
     reached = [None if em is None else time_to(own, em, options.window) for own in rows.values()]
     never = "not reached" if em is not None else "not logged"
     to = f"to EM {em:.3f}" if em is not None else "to an EM"
@@ -176,23 +176,29 @@ def training_grid(rows: Mapping[str, Sequence[Metrics]], options: Common) -> Gri
         lines.append([what, Cell(first), *cells])
     cells = [Cell(each.seconds, change=change(baseline.seconds, each.seconds)) for each in others]
     lines.append(["seconds of all steps", Cell(baseline.seconds), *cells])
-    lines.append([f"steps {to}", *(Cell(at.step if at else None, digits=0, missing=never) for at in reached)])
-    lines.append([f"seconds {to}", *(Cell(at.seconds if at else None, missing=never) for at in reached)])
+    lines.append([f"steps {to}", *(_when(at, Cell(at.step, digits=0)) if at else never for at in reached)])
+    lines.append([f"seconds {to}", *(_when(at, Cell(at.seconds)) if at else never for at in reached)])
     return Grid(
         title="Training",
         columns=[("", "figure"), *(("", label) for label in found)],
         rows=lines,
         notes=[
-            f"Means over all steps. EM: right answers among the samples of {options.window} steps. Seconds: of the "
-            "steps alone, on the machine that each run had",
+            f"Means over all steps. EM: right answers among the samples of {options.window} steps; ≤: those of the first "
+            f"{options.window} had it. Seconds: of the steps alone, on the machine that each run had",
         ],
     )
 
 
-def target(rows: Sequence[Metrics], options: Common) -> float | None:
-    """The EM whose time is asked for: `em=`, or the one that the baseline ended with."""
-    curve = em_curve(rows, options.window)
-    return options.em if options.em is not None else curve[-1] if curve else None
+def _when(at: Reached, cell: Cell) -> Content:
+    return f"≤{cell.text()}" if at.at_most else cell
+
+
+def target(runs: Sequence[Sequence[Metrics]], options: Common) -> float | None:
+    """The EM whose time is asked for: `em=`, or the highest that each of the runs has reached."""
+    if options.em is not None:
+        return options.em
+    curves = [em_curve(rows, options.window) for rows in runs]
+    return min(max(curve) for curve in curves) if curves and all(curves) else None
 
 
 def change(baseline: float | None, value: float | None) -> float | None:
@@ -211,7 +217,7 @@ def numbers(
     options: CompareOptions,
 ) -> str:
     """Every figure of the comparison as JSON; undefined ones are null."""
-    em = target(next(iter(rows.values())), options)
+    em = target([own for own in rows.values() if own], options)
     costs = {
         label: asdict(training(own, options.window))
         | {"to_em": None if em is None or (at := time_to(own, em, options.window)) is None else asdict(at)}

@@ -98,7 +98,7 @@ def markdown(grid: Grid) -> str:
 
 
 _LATEX = {"\\": r"\textbackslash{}", "▼": r"$\downarrow$", "▲": r"$\uparrow$", "~": r"\textasciitilde{}",
-          "^": r"\textasciicircum{}", **{sign: f"${sign}$" for sign in "<>|"},
+          "^": r"\textasciicircum{}", "≤": r"$\leq$", **{sign: f"${sign}$" for sign in "<>|"},
           **{sign: f"\\{sign}" for sign in "&%$#_{}"}}  # fmt: skip
 
 

@@ -23,7 +23,7 @@ class Common:
     common: bool = False  # compare on the questions that both runs answered, where they did not answer the same
     counter: str | None = None  # calls that count; None: those that the baseline's report counts
     seed: int = 0  # of the bootstrap
-    em: float | None = None  # EM of training whose time is asked for; None: the one that the baseline ended with
+    em: float | None = None  # EM of training whose time is asked for; None: the highest that each run has reached
     window: int = WINDOW  # steps that an EM of training is averaged over
 
     def __post_init__(self) -> None:

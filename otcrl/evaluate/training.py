@@ -40,6 +40,7 @@ class Reached:
 
     step: int  # steps that were needed
     seconds: float
+    at_most: bool  # the first window had it, so fewer steps may have been enough
 
 
 def training(rows: Sequence[Metrics], window: int = WINDOW) -> Training:
@@ -58,10 +59,10 @@ def training(rows: Sequence[Metrics], window: int = WINDOW) -> Training:
 
 def time_to(rows: Sequence[Metrics], em: float, window: int = WINDOW) -> Reached | None:
     """The first step after which the EM of the last `window` steps is at least `em`; None: it never was."""
-    skipped = min(window, len(rows)) - 1
-    for step, reached in enumerate(em_curve(rows, window), start=skipped + 1):
+    first = min(window, len(rows))
+    for step, reached in enumerate(em_curve(rows, window), start=first):
         if reached >= em:
-            return Reached(step, sum(row["time/step_s"] for row in rows[:step]))
+            return Reached(step, sum(row["time/step_s"] for row in rows[:step]), at_most=step == first)
     return None
 
 
