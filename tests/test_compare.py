@@ -326,11 +326,16 @@ def save(
     return run
 
 
+TRAJECTORIES = 8  # of a step
+
+
 def step(em: float, seconds: float = 10.0, calls: float = 1.0) -> dict[str, object]:
     return {
         "reward/correct": em,
         "calls/well_formed": calls,
         "rollout/sampled_tokens": 20.0,
+        "rollout/tokens": 50.0,
+        "perf/tokens_per_s": 50.0 * TRAJECTORIES / seconds,
         "perf/tool_s": 0.5,
         "time/rollout_s": 4.0,
         "time/step_s": seconds,
@@ -420,6 +425,11 @@ def test_the_cost_of_training_by_hand(runs: tuple[Path, Path]) -> None:
     assert found.em == pytest.approx((0.8 + 1.0) / 2)
     assert found.means["calls/well_formed"] == 1
     assert found.means["perf/tool_s"] == 0.5
+    assert found.per_step == {"calls/well_formed": 8, "rollout/sampled_tokens": 160, "perf/tool_s": 4}
+    unequal = [step(0.5, calls=1.0), step(0.5, calls=3.0) | {"perf/tokens_per_s": 50.0 * 2 / 10}]
+    assert training(unequal).per_step["calls/well_formed"] == (8 * 1 + 2 * 3) / 2, "a step counts by what was played"
+    unlogged = [{name: value for name, value in row.items() if name != "perf/tool_s"} for row in unequal]
+    assert training(unlogged).per_step["perf/tool_s"] is None
 
 
 def test_the_time_to_an_em_is_that_of_the_first_step_whose_window_reaches_it(runs: tuple[Path, Path]) -> None:
@@ -465,6 +475,10 @@ def test_compare_tells_figures_behaviour_costs_and_settings(
         "overall TC 2.000 1.500 -0.500 -",
         "nq 4 25.0 25.0 25.0 25.0 0.0 0.0 1.000 1.000",
         "EM at the end 0.450 0.900",
+        "calls per step 16.000 8.000 (▼50.0%)",
+        "response tokens per step 160.0 160.0 (▲0.0%)",
+        "tool seconds per step 4.000 4.000 (▲0.0%)",
+        "seconds per step 10.000 5.000 (▼50.0%)",
         "calls per trajectory 2.000 1.000 (▼50.0%)",
         "seconds of all steps 60.000 30.000 (▼50.0%)",
         "steps to EM 0.450 6 4",  # the highest of the one that has less

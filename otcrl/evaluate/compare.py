@@ -12,7 +12,7 @@ from otcrl.evaluate.grid import Cell, Content, Grid, share, terminal
 from otcrl.evaluate.options import Common, CompareOptions, parsed, write
 from otcrl.evaluate.paired import Comparison, Difference, compare, pairs
 from otcrl.evaluate.runs import Evaluated, changed_settings, find, labels, steps
-from otcrl.evaluate.training import FIGURES, Reached, em_curve, time_to, training
+from otcrl.evaluate.training import FIGURES, PER_STEP, Reached, em_curve, time_to, training
 from otcrl.types import Metrics
 
 OVERALL = "overall"
@@ -161,7 +161,6 @@ def _without_one_run(grid: Grid) -> Grid:
 def training_grid(rows: Mapping[str, Sequence[Metrics]], options: Common) -> Grid:
     """What training cost each run, the first being the one that the others are compared with."""
     found = {label: training(own, options.window) for label, own in rows.items()}
-    baseline, *others = found.values()
     em = target(list(rows.values()), options)
     reached = [None if em is None else time_to(own, em, options.window) for own in rows.values()]
     never = "not reached" if em is not None else "not logged"
@@ -170,12 +169,11 @@ def training_grid(rows: Mapping[str, Sequence[Metrics]], options: Common) -> Gri
         ["steps", *(Cell(each.steps, digits=0) for each in found.values())],
         ["EM at the end", *(Cell(each.em) for each in found.values())],
     ]
-    for name, what in FIGURES.items():
-        first = baseline.means[name]
-        cells = [Cell(each.means[name], change=change(first, each.means[name])) for each in others]
-        lines.append([what, Cell(first), *cells])
-    cells = [Cell(each.seconds, change=change(baseline.seconds, each.seconds)) for each in others]
-    lines.append(["seconds of all steps", Cell(baseline.seconds), *cells])
+    costs = [(what, [each.per_step[name] for each in found.values()]) for name, what in PER_STEP.items()]
+    costs += [(what, [each.means[name] for each in found.values()]) for name, what in FIGURES.items()]
+    costs.append(("seconds of all steps", [each.seconds for each in found.values()]))
+    for what, (first, *rest) in costs:
+        lines.append([what, Cell(first), *(Cell(value, change=change(first, value)) for value in rest)])
     lines.append([f"steps {to}", *(_when(at, Cell(at.step, digits=0)) if at else never for at in reached)])
     lines.append([f"seconds {to}", *(_when(at, Cell(at.seconds)) if at else never for at in reached)])
     return Grid(

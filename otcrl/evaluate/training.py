@@ -17,11 +17,16 @@ from otcrl.types import Metrics
 WINDOW = 10  # steps
 EM = "reward/correct"
 FIGURES = {  # metric, averaged over steps -> what it is
+    "time/rollout_s": "rollout seconds per step",
+    "time/step_s": "seconds per step",
     "calls/well_formed": "calls per trajectory",
     "rollout/sampled_tokens": "response tokens per trajectory",
     "perf/tool_s": "tool seconds per trajectory",
-    "time/rollout_s": "rollout seconds per step",
-    "time/step_s": "seconds per step",
+}
+PER_STEP = {  # means over a step's trajectories, of all of them together
+    "calls/well_formed": "calls per step",
+    "rollout/sampled_tokens": "response tokens per step",
+    "perf/tool_s": "tool seconds per step",  # of calls that overlap: not time on the clock
 }
 
 
@@ -31,6 +36,7 @@ class Training:
     seconds: float  # of all steps
     means: dict[str, float | None]  # keys: FIGURES; None: not logged
     last: dict[str, float | None]  # the same, of the last `window` steps
+    per_step: dict[str, float | None]  # keys: PER_STEP, over all steps
     em: float | None  # of the last `window` steps
 
 
@@ -53,6 +59,7 @@ def training(rows: Sequence[Metrics], window: int = WINDOW) -> Training:
         seconds=sum(row["time/step_s"] for row in rows),
         means={name: _mean(rows, name) for name in FIGURES},
         last={name: _mean(rows[-window:], name) for name in FIGURES},
+        per_step={name: _mean([_summed(row, name) for row in rows], name) for name in PER_STEP},
         em=curve[-1] if curve else None,
     )
 
@@ -73,6 +80,14 @@ def em_curve(rows: Sequence[Metrics], window: int = WINDOW) -> list[float]:
         return []
     window = min(window, len(rows))
     return [fmean(values[end - window : end]) for end in range(window, len(rows) + 1)]
+
+
+def _summed(row: Metrics, name: str) -> Metrics:
+    """A mean over a step's trajectories times their number, which follows from their tokens: no metric has it."""
+    if name not in row or "perf/tokens_per_s" not in row:
+        return {}
+    trajectories = round(row["perf/tokens_per_s"] * row["time/step_s"] / row["rollout/tokens"])
+    return {name: row[name] * trajectories}
 
 
 def _mean(rows: Sequence[Metrics], name: str) -> float | None:
