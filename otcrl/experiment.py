@@ -41,9 +41,14 @@ class Evaluate:
     sampled: bool  # also at the rollout's temperature, not only greedy
     offloading: bool  # also with tools off and with a call forced
     before: bool  # also before the first step
+    samples: int = 1  # attempts at each question of the sampled evaluation
     difficulty: str | None = None  # column of the rows that says how hard a question is; None: its least calls
 
     def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples must be at least 1, got {self.samples}")
+        if self.samples > 1 and not self.sampled:
+            raise ValueError(f"samples is {self.samples}, and greedy attempts are all the same: set sampled=true")
         if self.counter not in COUNTERS:
             raise ValueError(f"there is no counter {self.counter!r}.{nearest(self.counter, COUNTERS)}")
 
@@ -201,15 +206,16 @@ async def measure(
 ) -> Report:
     """The report on the held-out problems, saved with its transcripts in `folder`."""
     problems = task.held_out()
+    samples = config.samples if temperature > 0 else 1
 
-    async def collect(chosen: Sequence[Problem], opening: str) -> list[Trajectory]:
-        own = dist.share(chosen)
-        names = [f"evaluation/{folder.name}/{opening}/{p.id}" for p in own]
+    async def collect(chosen: Sequence[Problem], opening: str, times: int = 1) -> list[Trajectory]:
+        own = dist.share([(problem, k) for problem in chosen for k in range(times)])
+        names = [f"{k or ''}evaluation/{folder.name}/{opening}/{p.id}" for p, k in own]  # a name is a seed
         bar = bars(f"evaluating, {opening.strip()} forced" if opening else "evaluating")
-        played = await collector.play(own, names, temperature, opening, bar)
+        played = await collector.play([p for p, _ in own], names, temperature, opening, bar)
         return await asyncio.to_thread(dist.together, played, "evaluation")
 
-    trajectories = await collect(problems, "")
+    trajectories = await collect(problems, "", samples)
     offloaded: Offloading | None = None
     if config.offloading:
         dialect, tools = collector.player.dialect, collector.player.tools
@@ -220,7 +226,7 @@ async def measure(
             answer_opening=dialect.open_answer(),
             call_openings=[dialect.open_call(tool) for tool in tools],
             counter=config.counter,
-            normal=trajectories,
+            normal=trajectories[::samples],
         )
     found = make_report(
         trajectories,
@@ -235,6 +241,9 @@ async def measure(
         found.save(folder)
         transcripts = Transcripts(path=folder / TRANSCRIPTS, tokenizer=collector.player.tokenizer)
         transcripts.path.unlink(missing_ok=True)
-        pairs = enumerate(trajectories)
-        transcripts.write(0, [Transcript(trajectory=t, group=n, correct=is_right(t, task.correct)) for n, t in pairs])
+        told = [
+            Transcript(trajectory=t, group=n // samples, sample=n % samples, correct=is_right(t, task.correct))
+            for n, t in enumerate(trajectories)
+        ]
+        transcripts.write(0, told)
     return found

@@ -133,6 +133,7 @@ IMPOSSIBLE = {
     "loop.max_void_share=2": "loop: max_void_share must be a share between 0 and 1, got 2.0",
     "loop.max_logprob_gap=0": "loop: max_logprob_gap must be null or above 0, got 0.0",
     "evaluate.counter=well_frmed": "evaluate: there is no counter 'well_frmed'. Did you mean 'well_formed'?",
+    "evaluate.samples=2": "evaluate: samples is 2, and greedy attempts are all the same: set sampled=true",
     "evaluate.difficulty=level": "evaluate.difficulty: no evaluation problem has a column 'level'.",
     "sft.steps=-1": "sft: steps must be at least 0, got -1",
     "sft.batch_size=0": "sft: batch_size must be at least 1, got 0",

@@ -169,7 +169,7 @@ def test_the_interval_of_a_paired_difference_agrees_with_the_normal_one_and_pair
     before = generator.random(400) < 0.5
     after = np.where(generator.random(400) < 0.1, ~before, before)  # nine in ten stay as they are
     first, second = both([(bool(a), 1, bool(b), 1) for a, b in zip(before, after, strict=True)])
-    change = differences(first, second, "well_formed")["em"].change
+    change = differences(pairs(first, second), "well_formed")["em"].change
     assert change.low is not None
     assert change.high is not None
     delta = after.astype(float) - before
@@ -181,13 +181,13 @@ def test_the_interval_of_a_paired_difference_agrees_with_the_normal_one_and_pair
 
 def test_a_difference_beyond_all_doubt_has_the_least_p_and_none_has_a_p_of_one() -> None:
     fewer = both([(True, 2, True, 1)] * 30)
-    found = differences(*fewer, "well_formed")
+    found = differences(pairs(*fewer), "well_formed")
     assert found["tc"].p == pytest.approx(2 / (RESAMPLES + 1))
     assert found["em"].p == 1.0
 
 
 def test_tool_productivity_is_not_compared_where_nobody_called() -> None:
-    found = differences(*both([(True, 2, True, 0)] * 3), "well_formed")["tp"]
+    found = differences(pairs(*both([(True, 2, True, 0)] * 3)), "well_formed")["tp"]
     assert (found.baseline, found.run, found.change, found.p) == (0.5, None, Estimate(None), None)
 
 
@@ -207,7 +207,7 @@ def test_runs_at_other_questions_are_refused_with_what_differs() -> None:
         "the runs answered different questions, 1 only in the baseline ('nq/test/a') and 2 only in the run "
         "('nq/test/x'): add common=true to compare on the 5 that both have"
     )
-    assert [a.id for a, _ in pairs(attempts(*BASELINE), other, common=True)] == [t.problem.id for t in BASELINE[1:]]
+    assert [a.id for (a,), _ in pairs(attempts(*BASELINE), other, common=True)] == [t.problem.id for t in BASELINE[1:]]
     with pytest.raises(DataError, match="different questions"):
         pairs(attempts(*BASELINE[:2]), attempts(*RUN[2:]), common=True)
 
@@ -216,13 +216,47 @@ def test_runs_at_other_questions_are_refused_with_what_differs() -> None:
 def test_one_id_for_two_questions_is_refused(changed: dict[str, object]) -> None:
     first = attempts(*BASELINE)
     other = [replace(first[0], **changed), *first[1:]]  # pyright: ignore[reportArgumentType]
-    with pytest.raises(DataError, match=rf"'nq/test/a' is not the same question in both runs: its {min(changed)}:"):
+    with pytest.raises(DataError, match=rf"'nq/test/a' is not the same question everywhere: its {min(changed)}:"):
         pairs(first, other, common=True)
 
 
-def test_several_attempts_at_a_question_make_no_pairs() -> None:
-    with pytest.raises(DataError, match="the run has 2 attempts at 'nq/test/a'"):
-        pairs(attempts(*BASELINE), attempts(*RUN, RUN[0]))
+def test_several_attempts_at_a_question_count_by_their_mean() -> None:
+    baseline = attempts(answered("nq/a", True, 2), answered("nq/a", False, 0), answered("nq/b", True, 1))
+    run = attempts(answered("nq/b", True, 1), *[answered("nq/a", True, 1)] * 3, answered("nq/a", False, 4))
+    found = compare(pairs(baseline, run), "well_formed")
+    assert (found.questions, found.attempts) == (2, 8)
+    values = {name: (d.baseline, d.run) for name, d in found.figures.items()}
+    assert values["em"] == (pytest.approx((1 / 2 + 1) / 2), pytest.approx((3 / 4 + 1) / 2))
+    assert values["tc"] == (pytest.approx((2 / 2 + 1) / 2), pytest.approx((7 / 4 + 1) / 2))
+    assert values["tp"] == (pytest.approx(1.5 / 2), pytest.approx(1.75 / 2.75))
+    shares = {name: getattr(found.behaviour, name).value for name in (*SHARES, "accurate_fewer")}
+    assert shares == {  # of the eight pairs at a, and the one at b
+        "more_efficient": 3 / 8 / 2,
+        "less_efficient": 1 / 8 / 2,
+        "more_accurate": 3 / 8 / 2,
+        "less_accurate": 1 / 8 / 2,
+        "unchanged": 1 / 2,
+        "accurate_fewer": 0,
+    }
+    assert (found.behaviour.p_efficient, found.behaviour.p_accurate) == (1, 1)  # of one question
+
+
+@given(OUTCOMES, st.integers(1, 3), st.integers(1, 3))
+def test_the_same_attempts_again_are_no_more_questions(
+    outcomes: list[tuple[bool, int, bool, int]], times: int, other_times: int
+) -> None:
+    first, second = both(outcomes)
+    once, again = (
+        compare(pairs(*each), "well_formed") for each in ((first, second), (first * times, second * other_times))
+    )
+    assert replace(again, attempts=once.attempts) == once
+
+
+def test_a_void_attempt_of_several_leaves_the_others() -> None:
+    spoilt = attempts(replace(BASELINE[0], stop=Stop.VOID), *BASELINE)
+    assert compare(pairs(spoilt, attempts(*RUN)), "well_formed") == compare(
+        pairs(attempts(*BASELINE), attempts(*RUN)), "well_formed"
+    )
 
 
 def test_a_void_attempt_leaves_its_question_out_of_both_runs() -> None:
@@ -520,6 +554,18 @@ def test_runs_that_were_never_trained_are_compared_as_well(
     text = shown(capsys, "compare", untrained, runs[1], f"json={tmp_path / 'out.json'}")
     assert "Training" not in text
     assert list(json.loads((tmp_path / "out.json").read_text())["training"]["runs"]) == ["otc"]
+
+
+def test_runs_with_several_attempts_are_compared_and_tabled(
+    runs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    several = save(runs[0].parent / "several", {"sampled": [*RUN, answered("nq/a", False, 2), *RUN[1:]]})
+    text = " ".join(shown(capsys, "compare", runs[0], several).split())
+    assert "18 attempts at 6 questions: figures are means over a question's attempts" in text
+    assert "overall EM 0.500 0.583 0.083" in text  # nq/a is right in one of two
+    assert rows_of(shown(capsys, "table", several))[-1][1] == "0.375", "nq: 3 of 8 attempts"
+    behaviour = rows_of(shown(capsys, "table", several, "of=behaviour", f"baseline={runs[0]}"))[2]
+    assert behaviour[:6] == ["nq", "4", "12.5", "25.0", "25.0", "37.5"]
 
 
 def test_compare_is_loud_about_questions_that_it_leaves_out(

@@ -47,7 +47,7 @@ def test_settings_one_level_at_a_time_and_their_values():
     assert set(offered("train conf=quickstart lo")) == {"logger=", "loop.", "logger."}
     assert "loop.steps=" in offered("train conf=quickstart loop.")
     assert offered("train conf=quickstart loop.steps=") == ["loop.steps=50 "]
-    assert offered("train conf=quickstart evaluate.samp") == ["evaluate.sampled="]
+    assert offered("train conf=quickstart evaluate.samp") == ["evaluate.sampled=", "evaluate.samples="]
     assert offered("train conf=quickstart evaluate.sampled=") == ["evaluate.sampled=true ", "evaluate.sampled=false "]
     assert offered("train conf=quickstart learner.policy_optimizer.betas=") == [
         "learner.policy_optimizer.betas=[0.9,0.95] "

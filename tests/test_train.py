@@ -18,6 +18,7 @@ from otcrl.build import run_eval, run_sft, run_train
 from otcrl.cli import eval_config, run_config
 from otcrl.construct import construct
 from otcrl.errors import ConfigError, TrainingError
+from otcrl.evaluate.report import Report
 from otcrl.presets import conf_dir
 from otcrl.protocols import RewardFn
 from otcrl.rewards.given_up import GIVEN_UP
@@ -173,6 +174,26 @@ def test_a_checkpoint_is_evaluated_and_runs_are_compared_by_what_they_left(finis
     assert cli.main(["table", str(finished), "of=offloading", "eval=step-000002/greedy", "format=csv"]) == 0
     last = capsys.readouterr().out.splitlines()[-1].split(",")
     assert (last[0], int(last[1]) > 1000, last[2]) == ("quickstart", True, "2")
+
+
+def test_a_sampled_evaluation_makes_several_attempts_at_a_question(finished):
+    words = [f"run={finished}", "evaluate.offloading=true", "rollout.temperature=2.0"]
+    for samples in (1, 3):
+        run_eval(eval_config([*words, f"as=of_{samples}", f"evaluate.samples={samples}"]))
+    one, three = (lines(finished / f"eval/of_{n}/sampled/transcripts.jsonl") for n in (1, 3))
+    questions = [row["id"] for row in one]
+    assert [(row["id"], row["sample"]) for row in three] == [(id, k) for id in questions for k in range(3)]
+    assert [row["group"] for row in three[:4]] == [0, 0, 0, 1]
+    responses = [[row["response"] for row in three[k::3]] for k in range(3)]
+    assert responses[0] == [row["response"] for row in one], "the first attempt is the one that there is without others"
+    assert len(set(map(tuple, responses))) == 3, "each attempt has its own draws"
+    report = Report.load(finished / "eval/of_3/sampled")
+    assert (report.overall.questions, report.overall.attempts) == (len(questions), 3 * len(questions))
+    assert report.overall.em.value == pytest.approx(sum(row["correct"] for row in three) / len(three))
+    assert report.offloading is not None
+    greedy = Report.load(finished / "eval/of_3/greedy").overall
+    assert greedy.attempts == greedy.questions, "greedy attempts are all the same"
+    assert cli.main(["compare", f"{finished}/eval/of_1/sampled", f"{finished}/eval/of_3/sampled"]) == 0
 
 
 # -- which trajectories count ----------------------------------------------------------------------------

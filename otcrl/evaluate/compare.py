@@ -10,7 +10,7 @@ from otcrl.errors import ConfigError, DataError
 from otcrl.evaluate.attempts import read_attempts
 from otcrl.evaluate.grid import Cell, Content, Grid, share, terminal
 from otcrl.evaluate.options import Common, CompareOptions, parsed, write
-from otcrl.evaluate.paired import Comparison, Difference, compare, pairs
+from otcrl.evaluate.paired import Comparison, Difference, Pair, compare, pairs
 from otcrl.evaluate.runs import Evaluated, changed_settings, find, labels, steps
 from otcrl.evaluate.training import FIGURES, PER_STEP, Reached, em_curve, time_to, training
 from otcrl.types import Metrics
@@ -79,12 +79,13 @@ def compared(baseline: Evaluated, other: Evaluated, options: Common) -> Compared
     counter = options.counter or baseline.report.counter
     first, second = read_attempts(baseline.folder), read_attempts(other.folder)
     chosen = pairs(first, second, options.common)
-    sources = list(dict.fromkeys(a.source for a, _ in chosen))
-    sets = {
-        name: compare([pair for pair in chosen if pair[0].source == name], counter, options.seed) for name in sources
-    }
-    overall = {OVERALL: compare(chosen, counter, options.seed)} if len(sources) > 1 else {}
-    return Compared(sets=sets | overall, counter=counter, left_out=len(first) + len(second) - 2 * len(chosen))
+    by_source: dict[str, list[Pair]] = {}
+    for pair in chosen:
+        by_source.setdefault(pair[0][0].source, []).append(pair)
+    sets = {name: compare(own, counter, options.seed) for name, own in by_source.items()}
+    overall = {OVERALL: compare(chosen, counter, options.seed)} if len(sets) > 1 else {}
+    left_out = len(first) + len(second) - sum(len(a) + len(b) for a, b in chosen)
+    return Compared(sets=sets | overall, counter=counter, left_out=left_out)
 
 
 def notes(found: Mapping[str, Compared]) -> list[str]:
@@ -93,6 +94,9 @@ def notes(found: Mapping[str, Compared]) -> list[str]:
     for name, each in found.items():
         whole = each.sets.get(OVERALL) or next(iter(each.sets.values()))
         of = f" of {name}" if len(found) > 1 else ""
+        if whole.attempts > 2 * whole.questions:
+            said.append(f"{whole.attempts} attempts at {whole.questions} questions{of}: figures are means over a "
+                        "question's attempts, shares are of their pairs, tests are of questions")  # fmt: skip
         if each.left_out:
             said.append(f"Only on the {whole.questions + whole.void} questions{of} that both runs answered; "
                         f"{each.left_out} answers to others are left out")  # fmt: skip
@@ -181,8 +185,8 @@ def training_grid(rows: Mapping[str, Sequence[Metrics]], options: Common) -> Gri
         columns=[("", "figure"), *(("", label) for label in found)],
         rows=lines,
         notes=[
-            f"Means over all steps. EM: right answers among the samples of {options.window} steps; ≤: those of the first "
-            f"{options.window} had it. Seconds: of the steps alone, on the machine that each run had",
+            f"Means over all steps. EM: right answers among the samples of {options.window} steps; ≤: the first had it."
+            " Seconds: of the steps alone, on the machine that each run had",
         ],
     )
 

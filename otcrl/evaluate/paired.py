@@ -13,15 +13,19 @@ The shares of behaviour are those of arXiv:2504.14870 (v2, Table 3), of a run ag
 Tests are two-sided, and of pairs. Right against wrong: McNemar's exact test. Fewer calls against more, at the same
 result: the exact sign test. EM, TC, TP and tokens: the bootstrap over questions, both runs drawn alike. None of them
 is corrected for how many are made.
+
+Where a run has several attempts at a question, their mean is the question's figure, and its behaviour that of all pairs
+of an attempt of each run. A question is for the side that has more of those pairs: the tests count questions.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product, zip_longest
 
 import numpy as np
+from numpy.typing import NDArray
 
 from otcrl.errors import DataError
 from otcrl.evaluate.attempts import Attempt
@@ -38,7 +42,10 @@ from otcrl.evaluate.metrics import (
     resampled,
 )
 
+Bools, Ints = NDArray[np.bool_], NDArray[np.int_]
+
 COMPARED = ("em", "f1", "tc", "tp", "sampled_tokens")  # keys of RATIOS
+SHARES = ("more_efficient", "less_efficient", "more_accurate", "less_accurate", "accurate_fewer", "unchanged")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +80,13 @@ class Comparison:
     """A run against a baseline run, on one data set or on all of them."""
 
     questions: int
-    void: int  # questions left out, since infrastructure spoilt an attempt of either run
+    attempts: int  # at them, of both runs
+    void: int  # questions left out, since infrastructure spoilt every attempt of a run
     figures: dict[str, Difference]  # keys: COMPARED
     behaviour: Behaviour
 
 
-Pair = tuple[Attempt, Attempt]  # at one question: the baseline's and the run's
+Pair = tuple[list[Attempt], list[Attempt]]  # at one question: the baseline's and the run's
 
 
 def pairs(baseline: Sequence[Attempt], run: Sequence[Attempt], common: bool = False) -> list[Pair]:
@@ -87,7 +95,7 @@ def pairs(baseline: Sequence[Attempt], run: Sequence[Attempt], common: bool = Fa
     Raises DataError, saying what differs, when the runs did not answer the same questions; with `common`, only
     when they share none, or when one id stands for two questions.
     """
-    first, second = _by_id(baseline, "the baseline"), _by_id(run, "the run")
+    first, second = _by_id(baseline), _by_id(run)
     only = {"the baseline": first.keys() - second.keys(), "the run": second.keys() - first.keys()}
     shared = [id for id in first if id in second]
     if not shared or (any(only.values()) and not common):
@@ -95,40 +103,41 @@ def pairs(baseline: Sequence[Attempt], run: Sequence[Attempt], common: bool = Fa
         remedy = f": add common=true to compare on the {len(shared)} that both have" if shared else ""
         raise DataError(f"the runs answered different questions, {' and '.join(differing) or 'none at all'}{remedy}")
     for id in shared:
-        for name in ("question", "answers", "source"):
-            a, b = getattr(first[id], name), getattr(second[id], name)
+        one, *others = first[id] + second[id]
+        for other, name in product(others, ("question", "answers", "source")):
+            a, b = getattr(one, name), getattr(other, name)
             if a != b:
-                raise DataError(f"{id!r} is not the same question in both runs: its {name}: {a!r} and {b!r}")
+                raise DataError(f"{id!r} is not the same question everywhere: its {name}: {a!r} and {b!r}")
     return [(first[id], second[id]) for id in shared]
 
 
-def _by_id(attempts: Sequence[Attempt], who: str) -> dict[str, Attempt]:
-    id, times = Counter(a.id for a in attempts).most_common(1)[0] if attempts else ("", 0)
-    if times > 1:
-        raise DataError(f"{who} has {times} attempts at {id!r}, and pairs are made of one attempt each")
-    return {a.id: a for a in attempts}
+def _by_id(attempts: Sequence[Attempt]) -> dict[str, list[Attempt]]:
+    found: dict[str, list[Attempt]] = {}
+    for a in attempts:
+        found.setdefault(a.id, []).append(a)
+    return found
 
 
 def compare(chosen: Sequence[Pair], counter: str, seed: int = 0) -> Comparison:
-    """What the run does otherwise than the baseline. A pair with a void attempt is left out, and counted."""
+    """What the run does otherwise than the baseline. A question with only void attempts is left out, and counted."""
     check_counter(counter)
-    scored = [pair for pair in chosen if not any(attempt.is_void for attempt in pair)]
-    baseline, run = [a for a, _ in scored], [b for _, b in scored]
+    valid = [([a for a in first if not a.is_void], [b for b in second if not b.is_void]) for first, second in chosen]
+    scored = [pair for pair in valid if all(pair)]
     return Comparison(
         questions=len(scored),
+        attempts=sum(len(first) + len(second) for first, second in scored),
         void=len(chosen) - len(scored),
-        figures=differences(baseline, run, counter, seed),
-        behaviour=behaviour(baseline, run, counter, seed),
+        figures=differences(scored, counter, seed),
+        behaviour=behaviour(scored, counter, seed),
     )
 
 
-def differences(
-    baseline: Sequence[Attempt], run: Sequence[Attempt], counter: str, seed: int = 0
-) -> dict[str, Difference]:
-    """Each of COMPARED, for attempts in one order: the k-th of both are at the same question."""
-    sums = [question_sums(attempts, counter) for attempts in (baseline, run)]
+def differences(chosen: Sequence[Pair], counter: str, seed: int = 0) -> dict[str, Difference]:
+    """Each of COMPARED."""
+    sums = [question_sums([a for pair in chosen for a in pair[side]], counter) for side in (0, 1)]
     top_QK, bottom_QK = (
-        np.stack([columns[RATIOS[name][part]] for columns in sums for name in COMPARED], axis=1) for part in (0, 1)
+        np.stack([own[RATIOS[name][part]] / own["attempts"] for own in sums for name in COMPARED], axis=1)
+        for part in (0, 1)
     )
     value_2F = divide(top_QK.sum(0), bottom_QK.sum(0)).reshape(2, -1)
     drawn_R2F = resampled(top_QK, bottom_QK, seed, RESAMPLES).reshape(RESAMPLES, 2, -1)
@@ -152,26 +161,43 @@ def _p_of_zero(change_R: Floats) -> float:
     return min(1.0, 2.0 * (1 + min(below, above)) / (1 + len(change_R)))
 
 
-def behaviour(baseline: Sequence[Attempt], run: Sequence[Attempt], counter: str, seed: int = 0) -> Behaviour:
-    """For attempts in one order. An answer that is right in part is not right."""
-    right_a, right_b = (np.array([x.correct >= 1.0 for x in attempts], dtype=bool) for attempts in (baseline, run))
-    calls_a, calls_b = (np.array([x.calls(counter) for x in attempts], dtype=int) for attempts in (baseline, run))
-    same = right_a == right_b
-    shown = {
-        "more_efficient": same & (calls_b < calls_a),
-        "less_efficient": same & (calls_b > calls_a),
-        "more_accurate": right_b & ~right_a,
-        "less_accurate": right_a & ~right_b,
-        "accurate_fewer": right_b & ~right_a & (calls_b < calls_a),
-        "unchanged": same & (calls_b == calls_a),
-    }
-    everything = np.ones(len(same))
-    count = {name: int(where.sum()) for name, where in shown.items()}
+def behaviour(chosen: Sequence[Pair], counter: str, seed: int = 0) -> Behaviour:
+    """An answer that is right in part is not right."""
+    count = {name: np.zeros(len(chosen), dtype=int) for name in SHARES}  # of each question's pairs of attempts
+    own = (list(_attempts([pair[side] for pair in chosen], counter)) for side in (0, 1))
+    for (is_a, right_a, calls_a), (is_b, right_b, calls_b) in product(*own):
+        same = right_a == right_b
+        shown = {
+            "more_efficient": same & (calls_b < calls_a),
+            "less_efficient": same & (calls_b > calls_a),
+            "more_accurate": right_b & ~right_a,
+            "less_accurate": right_a & ~right_b,
+            "accurate_fewer": right_b & ~right_a & (calls_b < calls_a),
+            "unchanged": same & (calls_b == calls_a),
+        }
+        for name, where in shown.items():
+            count[name] += where & is_a & is_b
+    num_pairs = np.array([len(first) * len(second) for first, second in chosen])
+    everything = np.ones(len(chosen))
     return Behaviour(
-        **ratios({name: (where.astype(float), everything) for name, where in shown.items()}, seed),
-        p_efficient=exact_sign_test(count["more_efficient"], count["less_efficient"]),
-        p_accurate=exact_sign_test(count["more_accurate"], count["less_accurate"]),
+        **ratios({name: (pairs / num_pairs, everything) for name, pairs in count.items()}, seed),
+        p_efficient=_sign_test(count["more_efficient"], count["less_efficient"]),
+        p_accurate=_sign_test(count["more_accurate"], count["less_accurate"]),
     )
+
+
+def _attempts(attempts_Q: Sequence[list[Attempt]], counter: str) -> Iterator[tuple[Bools, Bools, Ints]]:
+    """Of the first attempt at each question, then of the second, ...: [Q] is there one, is it right, its calls."""
+    for row in zip_longest(*attempts_Q):
+        yield (
+            np.array([a is not None for a in row], dtype=bool),
+            np.array([a is not None and a.correct >= 1.0 for a in row], dtype=bool),
+            np.array([0 if a is None else a.calls(counter) for a in row], dtype=int),
+        )
+
+
+def _sign_test(for_Q: Ints, against_Q: Ints) -> float:
+    return exact_sign_test(int(np.sum(for_Q > against_Q)), int(np.sum(for_Q < against_Q)))
 
 
 def exact_sign_test(wins: int, losses: int) -> float:

@@ -63,7 +63,7 @@ class Report:
         if tables:
             tables[0].caption = (
                 f"95 % bootstrap intervals over n questions (report.json has them all)\n"
-                f"calls: {self.counter}; void trajectories: {self.overall.void}"
+                f"calls: {self.counter}; attempts: {self.overall.attempts}; void trajectories: {self.overall.void}"
             )
         if any(len(levels) > 1 for levels in self.difficulty.values()):
             tables.append(self._by_difficulty())
