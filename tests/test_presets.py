@@ -38,15 +38,23 @@ def command(preset: Preset) -> str:
 # -- published values -------------------------------------------------------------------------------------
 
 Values = Mapping[str, object]
+VERL: Values = {  # AdamW as it is by default there
+    f"learner.{which}.{name}": value
+    for which in ("policy_optimizer", "critic_optimizer")
+    for name, value in {"betas": [0.9, 0.999], "weight_decay": 0.01}.items()
+}
+PASSAGES: Values = {"tools.search.topk": 3, "tools.search.template": "Doc {i}(Title: {title}) {text}\n"}
 SEARCH: Values = {  # arXiv:2503.09516 App. B.2 and scripts/nq_hotpotqa/v0.2, re-used by OTC
     "model.path": "Qwen/Qwen2.5-3B",
     "task.train": ["PeterJinGo/nq_hotpotqa_train:train"],
     "task.in_domain": ["nq", "hotpotqa"],
-    "tools.search.topk": 3,
+    **PASSAGES,
+    **VERL,
     "loop.problems_per_step": 512,
     "loop.steps": 1005,
     "rollout.temperature": 1.0,
     "rollout.limits.max_calls": 4,
+    "rollout.limits.max_turns": 4 + 1,  # and one more generation, to answer in
     "rollout.limits.max_turn_tokens": 500,
     "rollout.limits.max_observation_tokens": 500,
     "rollout.limits.max_tokens": 4096,
@@ -73,7 +81,58 @@ PPO: Values = {
 }
 EXACT: Values = {"reward.require_well_formed": False}  # v0.1 and v0.2 pay for exact match alone
 FORMAT: Values = {"reward.structure": 0.2, "reward.final": 0.1, "reward.retrieval": 0.0}
-OTC: Values = {"reward.alpha": 1.0, "reward.combine": "product", "reward.format_weight": 0.0}  # Sec. 4.1
+OTC: Values = {  # Sec. 4.1
+    "reward.alpha": 1.0,
+    "reward.combine": "product",
+    "reward.format_weight": 0.0,
+    "reward.counter": "well_formed",
+}
+BY_SEARCH_R1: Values = {  # Table 1
+    "dialect.instructions": (
+        "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get "
+        "new information. After reasoning, if you find you lack some knowledge, you can call a search engine by "
+        "<search> query </search> and it will return the top searched results between <information> and </information>."
+        " You can search as many times as you want. If you find no further external knowledge needed, you can directly "
+        "provide the answer inside <answer> and </answer>, without detailed illustrations. For example, "
+        "<answer> Beijing </answer>. Question: {question}"
+    ),
+    "dialect.observation_template": "\n\n<information>{result}</information>\n\n",  # generation.py
+    "dialect.require_think": False,
+}
+BY_OTC: Values = {  # App. C
+    "dialect.instructions": (
+        "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get "
+        "new information. After reasoning, if you find you lack some knowledge, you can call a search engine by "
+        "<search> query </search> and it will return the top searched results between <observation> and </observation>."
+        " You need to make every search call count and gain helpful results. If you find no further external knowledge "
+        "needed, you can directly provide the answer inside <answer> and </answer>, without detailed illustrations. "
+        "For example, <answer> xxx </answer>. Question: {question}"
+    ),
+    "dialect.observation_template": "\n\n<observation>{result}</observation>\n\n",
+    "dialect.require_think": False,
+}
+BY_RETOOL = """\
+Solve the following problem step by step. You now have the ability to selectively write executable Python code to \
+enhance your reasoning process. The Python code will be executed by an external sandbox, and the output (wrapped in \
+`<interpreter>output_str</interpreter>`) can be returned to aid your reasoning and help you arrive at the final \
+answer. The Python code should be complete scripts, including necessary imports.
+Each code snippet is wrapped with `<code>
+```python
+code snippet
+```
+</code>`.
+The last part of your response should be in the following format:
+<answer>
+\\boxed{'The final answer goes here.'}
+</answer>
+
+*user question:*
+{question}
+
+Remember to place the final answer in the last part using the format:
+<answer>
+\\boxed{'The final answer goes here.'}
+</answer>"""  # evaluation/prompt_template.json
 TRANSCRIPT = (  # tir_base_0309 of verl/utils/dataset/rl_dataset.py
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it.\n"
     "User: Please integrate natural language reasoning with programs to solve the problem above, "
@@ -87,7 +146,9 @@ CODE: Values = {  # scripts/torl_1.5b.sh, with C = 3 of OTC
     "rollout.group_size": 16,
     "rollout.temperature": 1.0,
     "rollout.limits.max_calls": 3,
+    "rollout.limits.max_turns": 3 + 1,
     "rollout.limits.max_tokens": 3072,
+    **VERL,
     "tools.python.timeout_s": 10.0,
     "tools.python.max_output_chars": 256,
     "tools.python.show_value": False,
@@ -96,6 +157,8 @@ CODE: Values = {  # scripts/torl_1.5b.sh, with C = 3 of OTC
     "algo.clip_high": 0.2,
     "algo.kl_coef": 0.0,
     "algo.entropy_coef": 0.0,
+    "evaluate.sampled": True,
+    "evaluate.samples": 4,  # figures of AIME are multiples of 1 / 120, and it has 30 problems
 }
 ASKED: Values = {"dialect.instructions": TRANSCRIPT, "dialect.free_last_turn": True}
 TOOLRL: Values = {  # examples/grpo_trainer/run_grpo.sh
@@ -105,31 +168,41 @@ TOOLRL: Values = {  # examples/grpo_trainer/run_grpo.sh
     "learner.policy_optimizer.lr": 1e-6,
     "reward.matching": "greedy",
     "reward.most": 3.0,
+    "rollout.limits.max_turns": 1,
+    "algo.entropy_coef": 0.001,
+    **VERL,
 }
 INSTRUCT: Values = {"model.path": "Qwen/Qwen2.5-3B-Instruct"}  # arXiv:2503.09516 Sec. 4.3
 PUBLISHED: dict[str, Values] = {
-    "search_r1_grpo": SEARCH | GRPO | EXACT,
-    "search_r1_grpo_format": SEARCH | GRPO | FORMAT | {"learner.policy_optimizer.lr": 5e-7},
-    "search_r1_ppo": SEARCH | PPO | EXACT,
-    "search_r1_ppo_format": SEARCH | PPO | FORMAT,
-    "otc_grpo_search": SEARCH | GRPO | OTC | EXACT | {"reward.form": "grpo", "reward.c": 4.0, "reward.scope": "global"},
-    "otc_ppo_search": SEARCH | PPO | OTC | EXACT | {"reward.form": "ppo", "reward.c": 4.0},
-    "behaviour_grpo_search": SEARCH | GRPO | {"reward.calls_scale": 4.0},
-    "r1_base": {**SEARCH, **GRPO, "rollout.limits.max_calls": 0} | {"tools": {}},
+    "search_r1_grpo": SEARCH | GRPO | EXACT | BY_SEARCH_R1,
+    "search_r1_grpo_format": SEARCH | GRPO | FORMAT | BY_SEARCH_R1 | {"learner.policy_optimizer.lr": 5e-7},
+    "search_r1_ppo": SEARCH | PPO | EXACT | BY_SEARCH_R1,
+    "search_r1_ppo_format": SEARCH | PPO | FORMAT | BY_SEARCH_R1,
+    "otc_grpo_search": SEARCH | GRPO | OTC | EXACT | BY_OTC
+    | {"reward.form": "grpo", "reward.c": 4.0, "reward.scope": "global"},
+    "otc_ppo_search": SEARCH | PPO | OTC | EXACT | BY_OTC | {"reward.form": "ppo", "reward.c": 4.0},
+    "behaviour_grpo_search": SEARCH | GRPO | BY_OTC | {"reward.calls_scale": 4.0, "reward.counter": "well_formed"},
+    "r1_base": {**SEARCH, **GRPO, "rollout.limits.max_calls": 0, "rollout.limits.max_turns": 1} | {"tools": {}},
     "sft": {"task.train": SEARCH["task.train"], "task.demo_direct": 1.0, "tools": {}},
     "direct": INSTRUCT | {"tools": {}},
     "cot": INSTRUCT | {"tools": {}},
-    "rag": INSTRUCT | {"tools.search.topk": 3, "rollout.limits.max_calls": 1},
-    "ircot": INSTRUCT | {"tools.search.topk": 3, "rollout.limits.max_calls": 10},
-    "tir": INSTRUCT | {"tools.search.topk": 3},
+    "rag": INSTRUCT | PASSAGES | {"rollout.limits.max_calls": 1},
+    "ircot": INSTRUCT | PASSAGES | {"rollout.limits.max_calls": 10},
+    "tir": INSTRUCT | PASSAGES,
     "torl_grpo": CODE | ASKED | {"reward.error_penalty": 0.0, "algo.weighting": "token"},
     "torl_ppo": CODE | ASKED | {"reward.error_penalty": 0.0, "algo.kl_reward_coef": 0.0},
     "otc_grpo_code": CODE | ASKED | OTC | {"reward.form": "grpo", "reward.c": 3.0, "reward.scope": "global"},
     "otc_ppo_code": CODE | ASKED | OTC | {"reward.form": "ppo", "reward.c": 3.0},
-    "r1_base_code": {**CODE, "rollout.limits.max_calls": 0, "tools": {}},
+    "r1_base_code": {**CODE, "rollout.limits.max_calls": 0, "rollout.limits.max_turns": 1, "tools": {}},
     "cot_code": {"model.path": "Qwen/Qwen2.5-Math-1.5B-Instruct", "tools": {}},
     "tir_code": {"model.path": "Qwen/Qwen2.5-Math-1.5B-Instruct", "rollout.limits.max_calls": 3},
-    "retool": {  # arXiv:2504.11536 Sec. 2.2, 2.3, 3.1
+    "retool": {  # arXiv:2504.11536 Sec. 2.2, 2.3, 3.1, 3.2
+        "dialect.instructions": BY_RETOOL,
+        "loop.steps": 400,
+        "loop.problems_per_step": 512,
+        "rollout.temperature": 1.0,
+        "evaluate.sampled": True,
+        "evaluate.samples": 32,  # evaluation/scripts/eval.sh
         "model.path": "Qwen/Qwen2.5-32B-Instruct",
         "task.train": ["BytedTsinghua-SIA/DAPO-Math-17k:train"],
         "task.traces": ["JoeYing/ReTool-SFT:train"],
