@@ -6,11 +6,15 @@ import gzip
 import json
 import logging
 import os
+import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
+from typing import TypeVar
 
 from otcrl.errors import ConfigError, DataError, nearest
 from otcrl.jsonlines import read_json_lines
@@ -21,8 +25,9 @@ from otcrl.types import Problem
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Passage = tuple[str, str]  # its title and its text
-SETTINGS = ("out", "from", "reader", "max", "skip_bad_rows")
+SETTINGS = ("out", "from", "reader", "max", "seed", "skip_bad_rows")
 TESTS = {"test", "dev", "val", "validation"}  # what the names of files to evaluate on have in them
 
 
@@ -44,6 +49,11 @@ def run(words: Sequence[str]) -> int:
     limit, skip = settings.get("max"), settings.get("skip_bad_rows", "false")
     if limit is not None and (not limit.isdigit() or int(limit) < 1):
         raise ConfigError(f"max must be a whole number of at least 1, got {limit!r}")
+    seed = settings.get("seed")
+    if seed is not None and (limit is None or not seed.isdigit()):
+        raise ConfigError(
+            f"seed must be a whole number, and draws max=N rows of each split, got seed={seed}, max={limit}"
+        )
     if skip not in ("true", "false"):
         raise ConfigError(f"skip_bad_rows must be true or false, got {skip!r}")
     for name in names:
@@ -51,7 +61,7 @@ def run(words: Sequence[str]) -> int:
         splits = local(Path(place)) if place is not None else downloaded(name, known)
         written = write(
             name, settings.get("reader", known.reader), splits, Path(settings["out"]) / name,
-            limit=int(limit) if limit else None, skip_bad_rows=skip == "true",
+            limit=int(limit) if limit else None, seed=int(seed) if seed else None, skip_bad_rows=skip == "true",
         )  # fmt: skip
         for path, count in written.items():
             print(f"otcrl: wrote {path}: {count} {'passages' if path.name.startswith('corpus') else 'questions'}")
@@ -98,9 +108,18 @@ def split_of(name: str) -> str:
 
 
 def write(
-    name: str, reader: str, splits: Splits, folder: Path, *, limit: int | None = None, skip_bad_rows: bool = False
+    name: str,
+    reader: str,
+    splits: Splits,
+    folder: Path,
+    *,
+    limit: int | None = None,
+    seed: int | None = None,
+    skip_bad_rows: bool = False,
 ) -> dict[Path, int]:
     """(file -> rows in it) of `folder`: a file for each split, and a corpus where the questions come with paragraphs.
+
+    Of each split the first `limit` rows are taken, or with a `seed` as many drawn at random.
 
     Raises DataError, and leaves no file that is not whole. Where bad rows are skipped, so is a file of nothing else.
     """
@@ -116,9 +135,11 @@ def write(
         path, found, partial = folder / f"{split}.jsonl.gz", list[Problem](), list[str]()
         try:
             with whole(path) as file:
-                for position, place, row, record in records(rows, where, skip_bad_rows, reader):
-                    if limit is not None and len(found) == limit:
-                        break
+                every = records(rows, where, skip_bad_rows, reader)
+                taken = (
+                    islice(every, limit) if limit is None or seed is None else drawn(every, limit, f"{seed}/{split}")
+                )
+                for position, place, row, record in taken:
                     found.append(to_problem(record, row, name, split, position, place))
                     partial += [f"{place}: {list(record.gold_missing)}"] if record.gold_missing else []
                     put(file, line(found[-1], name, gold_ids(record, passages, name), record.gold_missing), place)
@@ -151,6 +172,17 @@ def write(
                 put(file, {"id": key, "title": title, "text": text}, str(path))
         written[path] = len(passages)
     return written
+
+
+def drawn(items: Iterable[T], count: int, seed: str) -> list[T]:
+    """`count` of them at random, in their order; no more than that are held at a time (Vitter's algorithm R)."""
+    rng = random.Random(seed)
+    kept: list[tuple[int, T]] = []
+    for place, item in enumerate(items):
+        slot = place if place < count else rng.randrange(place + 1)
+        if slot < count:
+            kept[slot : slot + 1] = [(place, item)]
+    return [item for _, item in sorted(kept, key=itemgetter(0))]
 
 
 def gold_ids(record: Record, passages: dict[str, Passage], name: str) -> list[str]:

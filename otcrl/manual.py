@@ -144,7 +144,7 @@ COMMANDS = {
     ),
     "data": Command(
         "published data sets as files that the tasks read, from the hub or from their own files",
-        "NAME[,NAME] out=DIR [from=FILE_OR_DIR] [reader=NAME] [max=ROWS_OF_EACH_SPLIT] [skip_bad_rows=true]\n"
+        "NAME[,NAME] out=DIR [from=FILE_OR_DIR] [reader=NAME] [max=ROWS_OF_EACH_SPLIT] [seed=N] [skip_bad_rows=true]\n"
         "  questions:    nq triviaqa popqa hotpotqa 2wikimultihopqa musique bamboogle strategyqa search_r1\n"
         "  mathematics:  gsm8k math500 aime24 aime25 dapo torl\n"
         "  tool calls:   toolrl bfcl",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from otcrl import cli
-from otcrl.data import downloaded, split_of, write
+from otcrl.construct import construct
+from otcrl.data import downloaded, drawn, split_of, write
 from otcrl.tasks.catalogue import CATALOGUE, Published
 from otcrl.tasks.question_answering import QuestionAnswering
 from otcrl.tasks.readers import READERS
@@ -209,6 +211,55 @@ def test_the_same_rows_are_the_same_bytes_and_max_takes_the_first(tmp_path: Path
     assert [row["id"] for row in rows(one)] == ["0", "1", "2"]
 
 
+def test_a_seed_draws_max_rows_from_all_of_a_split_and_their_passages_alone(tmp_path: Path):
+    """Some published files are sorted by kind: their first rows are no sample of them."""
+    published = tmp_path / "published"
+    published.mkdir()
+    for split in ("train", "dev"):
+        context = [[[f"{split} {i}", [f"{i} is a number."]]] for i in range(40)]
+        found = [{"_id": f"{i}", "context": context[i], "supporting_facts": [[f"{split} {i}", 0]]} for i in range(40)]
+        write_rows(published / f"hotpot_{split}.json", [ROWS["hotpotqa"][0] | row for row in found])
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        words = ["data", "hotpotqa", f"from={published}", f"out={tmp_path / out}", "max=10", f"seed={seed}"]
+        assert cli.main(words) == 0
+    one, again, other = (tmp_path / out / "hotpotqa" for out in "abc")
+    for name in ("train.jsonl.gz", "test.jsonl.gz", "corpus.jsonl.gz"):
+        assert (one / name).read_bytes() == (again / name).read_bytes()
+        assert (one / name).read_bytes() != (other / name).read_bytes()
+    places = {split: [int(row["id"]) for row in rows(one / f"{split}.jsonl.gz")] for split in ("train", "test")}
+    assert places["train"] != places["test"]
+    for own in places.values():
+        assert len(own) == 10
+        assert own == sorted(set(own))
+        assert own[-1] >= 20
+    titles = [row["title"] for row in rows(one / "corpus.jsonl.gz")]
+    assert sorted(titles) == sorted([f"train {i}" for i in places["train"]] + [f"dev {i}" for i in places["test"]])
+
+
+def test_every_row_is_drawn_as_often_as_any_other():
+    times = Counter(item for seed in range(2000) for item in drawn(range(10), 3, str(seed)))
+    assert times.keys() == set(range(10))
+    assert all(600 - 5 * 21 < number < 600 + 5 * 21 for number in times.values())  # five standard deviations
+    assert drawn(range(3), 5, "") == [0, 1, 2]
+
+
+def test_a_sample_of_the_sets_with_passages_is_what_the_search_preset_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    names = ("hotpotqa", "2wikimultihopqa", "musique")
+    for name in names:
+        (tmp_path / name).mkdir()
+        for split in ("train", "dev"):
+            write_rows(tmp_path / name / f"{name}_{split}.jsonl", [ROWS[READ_BY[name]][0]])
+        words = [f"from={tmp_path / name}", f"out={tmp_path / 'sample'}", "max=500", "seed=0"]
+        assert cli.main(["data", name, *words]) == 0
+    monkeypatch.setenv("OTCRL_DATA", str(tmp_path / "sample"))
+    config = cli.run_config(["conf=smollm2_search"])
+    task = construct(config["task"], "task", tools={})
+    assert {problem.source for problem in [*task.sample(0, 3), *task.held_out()]} == set(names)
+    assert [Path(corpus).is_file() for corpus in config["tools"]["search"]["corpus"]] == [True] * 3
+
+
 def test_a_file_that_breaks_off_leaves_no_half_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     source = write_rows(tmp_path / "test.jsonl", [ROWS["gsm8k"][0], {"question": "Who?", "answer": "nobody"}])
     assert "row 2: answer must be a solution" in refusal(capsys, "data", "gsm8k", f"from={source}", f"out={tmp_path}")
@@ -227,6 +278,10 @@ def test_a_file_that_breaks_off_leaves_no_half_of_it(tmp_path: Path, capsys: pyt
         (["nq,popqa", "out=x", "from=a.jsonl"], "from=a.jsonl holds one data set, and 2 are named"),
         (["bfcl", "out=x"], "bfcl is not on the hub: get its files from https://github.com/ShishirPatil/gorilla"),
         (["nq", "out=x", "max=0"], "max must be a whole number of at least 1, got '0'"),
+        (
+            ["nq", "out=x", "seed=1"],
+            "seed must be a whole number, and draws max=N rows of each split, got seed=1, max=",
+        ),
         (["nq", "out=x", "skip_bad_rows=1"], "skip_bad_rows must be true or false, got '1'"),
         (["nq", "out=x", "from=none.jsonl"], "there is no file none.jsonl."),
     ],
