@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import multiprocessing
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from otcrl.learner.torch_backend import TorchBackend
 from otcrl.models.policy import token_logprobs
 from otcrl.models.reader import Reader
 from otcrl.models.tiny import TinyLlama
+from otcrl.rollout.device_handles import Lender, opened
 from otcrl.rollout.hf_engine import HFEngine
 from otcrl.sft import train_sft
 from otcrl.tools.retrieval.dense import Dense, build, exact, tune
@@ -103,6 +106,39 @@ def test_an_index_that_is_built_on_the_gpu_finds_what_one_built_on_the_cpu_does(
     index = build(settings, vectors_ND)
     assert tune(index, settings, vectors_ND, vectors_ND[:100]) in ({}, {"effort": 64, "recall_at_10": 1.0})
     np.testing.assert_array_equal(index.search(vectors_ND[:100], 10)[1], exact(vectors_ND, vectors_ND[:100], "ip"))  # pyright: ignore[reportCallIssue]
+
+
+def reader(asked: Any, answers: Any) -> None:
+    """Another process: sums of the tensors that it is given handles of."""
+    for handles in iter(asked.get, None):
+        answers.put([tensor.sum().item() for _, tensor in opened(handles)])
+
+
+def test_lent_memory_is_shared_once_read_anew_and_free_when_it_is_gone(cuda):
+    context = multiprocessing.get_context("spawn")
+    asked, answers = context.SimpleQueue(), context.SimpleQueue()
+    process = context.Process(target=reader, args=(asked, answers), daemon=True)
+    process.start()
+    lender, before = Lender(), torch.cuda.memory_allocated()
+    flat = torch.zeros(1 << 20, device=cuda)
+    handles = [lender.handles([("a", flat[:2]), ("b", flat[2:])])]
+    for number in range(1, 4):
+        flat.fill_(number)
+        torch.cuda.synchronize()
+        handles.append(lender.handles([("a", flat[:2]), ("b", flat[2:])]))
+        asked.put(handles[-1])
+        assert answers.get() == [2 * number, (flat.numel() - 2) * number]
+    assert all(handle == handles[0] for handle in handles)
+    lent = lender.handles([("merged", torch.full((1 << 20,), 2.0, device=cuda))])
+    for _ in range(2):  # as when the first who had opened it died of something
+        asked.put(lent)
+        assert answers.get() == [2 << 20]
+    asked.put(None)
+    process.join()
+    del flat
+    lender.take_back()
+    torch.cuda.ipc_collect()
+    assert torch.cuda.memory_allocated() == before
 
 
 def test_vllm_on_the_learners_gpu_gets_weights_by_handle_sleeps_and_samples_from_them(cuda):

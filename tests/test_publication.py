@@ -12,6 +12,7 @@ from torch import Tensor
 
 from otcrl.errors import EngineError
 from otcrl.models.published import Layers, published
+from otcrl.rollout.device_handles import Lender, Loan
 from otcrl.rollout.publication import Message, Publisher, check_delivery
 from otcrl.rollout.snapshot import Manifest, Snapshot, damaged, mapped, read
 from otcrl.rollout.vllm_worker import Receiver
@@ -74,6 +75,70 @@ def test_the_file_is_gone_with_its_owner(tmp_path):
 def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
     with pytest.raises(EngineError, match="nowhere"):
         Snapshot(tmp_path / "nowhere")
+
+
+# -- lent memory, without a GPU ---------------------------------------------------------------------------
+
+
+class Memory:
+    """Counts what torch would count on a GPU."""
+
+    def __init__(self) -> None:
+        self.lent: list[int] = []  # addresses
+        self.back: list[int] = []
+
+    def lend(self, storage: torch.UntypedStorage) -> Loan:
+        self.lent.append(storage.data_ptr())
+        return Loan("GPU-0", b"handle", storage.nbytes(), 0, b"/counter", storage.data_ptr(), b"event")
+
+    def take_back(self, loan: Loan) -> None:
+        self.back.append(loan.counter_offset)
+
+    def lender(self) -> Lender:
+        return Lender(self.lend, self.take_back)
+
+
+def test_a_storage_is_shared_once_however_often_and_in_how_many_parts_it_is_handed_over():
+    memory, flat, alone = Memory(), torch.zeros(6), torch.zeros(3)
+    lender = memory.lender()
+    found = [lender.handles([("a", flat[:4]), ("b", flat[4:]), ("c", alone)]) for _ in range(3)]
+    assert memory.lent == [flat.data_ptr(), alone.data_ptr()]
+    assert found[0] == found[1] == found[2]
+    assert found[0]["a"] != found[0]["b"], "the parts lie elsewhere in it"
+    lender.take_back()
+    assert memory.back == [], "they are still there"
+    lender.close()
+    assert sorted(memory.back) == sorted(memory.lent), "else torch would keep them when they are gone"
+
+
+def test_a_storage_that_is_gone_or_has_other_memory_is_given_back_and_shared_anew():
+    memory, model = Memory(), torch.nn.Linear(2, 2, bias=False)
+    lender = memory.lender()
+    lender.handles(model.named_parameters())
+    first = model.weight.data_ptr()
+    kept = model.weight.data
+    model.weight.data = torch.ones(2, 2)
+    lender.handles(model.named_parameters())
+    assert memory.lent == [first, model.weight.data_ptr()]
+    lender.take_back()
+    assert memory.back == [], "somebody has it still"
+    kept.untyped_storage().resize_(4096)
+    lender.handles([("weight", kept)])
+    assert memory.back == [first]
+    del kept
+    lender.take_back()
+    assert len(memory.back) == 2
+
+
+def test_merged_adapters_can_be_opened_until_they_are_delivered():
+    memory = Memory()
+    lender = memory.lender()
+    lender.handles([("merged", torch.ones(2) + 1)])
+    lender.handles([("merged", torch.ones(3) + 1)])
+    assert len(memory.lent) == 2
+    assert memory.back == []
+    lender.take_back()
+    assert memory.back == memory.lent
 
 
 # -- from a learner to a worker ------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from otcrl.errors import EngineError, nearest
 from otcrl.models.published import is_split, published
-from otcrl.rollout import device_handles
+from otcrl.rollout.device_handles import Lender
 from otcrl.rollout.snapshot import Snapshot
 from otcrl.rollout.vllm_worker import fingerprint
 
@@ -39,6 +39,7 @@ class Publisher:
         """`model` has the names and shapes that every set of weights must have. `folder` null: main memory."""
         self._model, self._by_handle, self._folder = model, by_handle, folder
         self._snapshot = None if by_handle else Snapshot(folder)
+        self._lender = Lender()
         self._digests: dict[str, str] = {}  # of the weights prepared last
         self._version = 0
 
@@ -53,6 +54,7 @@ class Publisher:
             self._digests = {entry.name: entry.digest for entry in manifest.entries}
             method, content = "otcrl_load_file", manifest.plain()
         else:
+            self._lender.take_back()  # of a publication that failed
             found = list(checked)
             self._digests = {name: fingerprint(tensor.detach()) for name, tensor in found}
             method, content = "otcrl_load_handles", self._handles(found, version)
@@ -70,9 +72,15 @@ class Publisher:
         return Message("otcrl_load_handles", self._handles(found, self._version), self._version, False)
 
     def _handles(self, weights: Sequence[tuple[str, Tensor]], version: int) -> dict[str, Any]:
-        return {"version": version, "tensors": device_handles.shared(weights), "digests": self._digests}
+        tensors = self._lender.handles(weights)  # the digests had to wait for the GPU, so who opens these need not
+        return {"version": version, "tensors": tensors, "digests": self._digests}
+
+    def delivered(self) -> None:
+        """The last message has done its work: merged adapters are needed no more."""
+        self._lender.take_back()
 
     def close(self) -> None:
+        self._lender.close()
         if self._snapshot is not None:
             self._snapshot.close()
 

@@ -222,6 +222,7 @@ class VLLMEngine:
             self._give_back_memory()
             await llm.wake_up(tags=["weights"])
         check_delivery(await llm.collective_rpc(message.method, args=(message.content,)), message)
+        self._publisher.delivered()
         if self._sleeps:
             self._give_back_memory()
             await llm.wake_up(tags=["kv_cache"])
