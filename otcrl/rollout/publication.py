@@ -62,14 +62,30 @@ class Publisher:
         return Message(method, content, version, all_changed)
 
     def again(self) -> Message | None:
-        """The same weights for an engine that lost them; None when the learner has already changed them in place."""
+        """The same weights for an engine that lost them; None when the learner has already changed them in place.
+
+        They may change while the engine takes them: `is_current` says afterwards whether it has them.
+        """
         if self._snapshot is not None:
             assert self._snapshot.manifest is not None, "nothing is generated before the first publication"
             return Message("otcrl_load_file", self._snapshot.manifest.plain(), self._version, False)
-        found = [(weight.name, weight.value()) for weight in published(self._model)]
-        if {name: fingerprint(tensor.detach()) for name, tensor in found} != self._digests:
+        found = self._found()
+        if not self._same(found):
             return None
         return Message("otcrl_load_handles", self._handles(found, self._version), self._version, False)
+
+    def is_current(self) -> bool:
+        """Whether the weights prepared last are still what they were."""
+        return self._snapshot is not None or self._same(self._found())
+
+    def _found(self) -> list[tuple[str, Tensor]]:
+        return [(weight.name, weight.value()) for weight in published(self._model)]
+
+    def _same(self, found: Sequence[tuple[str, Tensor]]) -> bool:
+        if {name: fingerprint(tensor.detach()) for name, tensor in found} == self._digests:
+            return True
+        self._digests = {}  # the engine may have some of the next weights already: then they will not change in it
+        return False
 
     def _handles(self, weights: Sequence[tuple[str, Tensor]], version: int) -> dict[str, Any]:
         tensors = self._lender.handles(weights)  # the digests had to wait for the GPU, so who opens these need not

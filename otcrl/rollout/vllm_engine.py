@@ -306,11 +306,22 @@ class VLLMEngine:
             self._gate.close()
             with self._gate.breaking():
                 await self._restart(dead, error)
-                message = self._publisher.again()
-                if message is None:
+                if not await self._publish_again():
                     return  # an update is under way: its publication will open the engine
-                await self._publish(message)
             self._gate.open()
+
+    async def _publish_again(self) -> bool:
+        """Whether the engine has the weights that it had. False when the learner, in its own thread, changed them."""
+        message = self._publisher.again()
+        if message is None:
+            return False
+        try:
+            await self._publish(message)
+        except EngineError:
+            if self._gate.broken or self._publisher.is_current():  # broken: it died too often
+                raise
+            return False  # it was found damaged on its way
+        return self._publisher.is_current()
 
     async def _restart(self, dead: AsyncLLM, error: Exception) -> None:
         self.deaths += 1
