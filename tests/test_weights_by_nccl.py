@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from otcrl.errors import EngineError
 from otcrl.models.published import Layers, layer_of
 from otcrl.rollout.fleet import Fleet
 from otcrl.rollout.gate import deadline
+from otcrl.rollout.vllm_worker import Receiver
 from otcrl.rollout.weights_by_nccl import WeightsByNCCL, sent
 from tests.apps import served
 from tests.tiny import tiny_llama
@@ -166,13 +168,17 @@ class Group:
 
     opened: list[tuple[str, int]] = field(default_factory=list)  # (address, ranks)
     arrived: list[Tensor] = field(default_factory=list)
+    destroyed: int = 0
     threads: set[threading.Thread] = field(default_factory=set)
 
-    def open(self, address: str, port: int, ranks: int, device: torch.device) -> Callable[[Tensor], None]:
+    def open(self, address: str, port: int, ranks: int, device: torch.device) -> Group:
         assert port > 0
         assert device == MODEL.device
         self.opened.append((address, ranks))
-        return self.broadcast
+        return self
+
+    def destroy(self) -> None:
+        self.destroyed += 1
 
     def broadcast(self, tensor: Tensor) -> None:
         self.threads.add(threading.current_thread())
@@ -213,7 +219,7 @@ def test_what_is_announced_is_what_is_sent_in_one_order():
     assert set(announced["dtype_names"]) == {"float32"}
     assert all(torch.equal(a, p) for a, p in zip(group.arrived, MODEL.parameters(), strict=True))
     assert server.routes() == [
-        *["otcrl_remember", "start_weight_update", "init_weight_transfer_engine", "update_weights"],
+        *["otcrl_remember", "start_weight_update", "otcrl_leave", "init_weight_transfer_engine", "update_weights"],
         *["finish_weight_update", "otcrl_arrived"],
     ]
     assert server.told("otcrl_arrived") == [7, ["float32"]]
@@ -241,6 +247,60 @@ def test_who_is_in_the_group_changes_with_who_is_in():
     with ExitStack() as stack:
         asyncio.run(one_falls_out([stack.enter_context(served(server.app())) for server in servers]))
     assert [ranks for _, ranks in group.opened] == [3, 2, 3]
+    assert group.destroyed == 2, "each that was left"
+    assert servers[1].routes().count("otcrl_leave") == 3, "on its side too"
+
+
+def test_a_group_is_destroyed_on_both_sides_when_the_engine_is_closed():
+    server, group = Receiving(), Group()
+
+    async def once(url: str) -> None:
+        fleet = Fleet([url])
+        weights = WeightsByNCCL(fleet, MODEL, None, 30, group.open)
+        weights.prepare(MODEL.named_parameters(), 0)
+        for each in await weights.bring(fleet.servers):
+            fleet.admit(each, 0)
+        await weights.close()
+        await weights.close()
+        await fleet.close()
+
+    with served(server.app()) as url:
+        asyncio.run(once(url))
+    assert group.destroyed == 1
+    assert server.routes()[-1] == "otcrl_leave"
+
+
+def test_a_group_that_cannot_be_destroyed_keeps_nobody_from_closing(monkeypatch):
+    class Stuck(Group):
+        def destroy(self) -> None:
+            threading.Event().wait()
+
+    monkeypatch.setattr("otcrl.rollout.weights_by_nccl.DESTROY_S", 0.1)
+
+    async def once(url: str) -> None:
+        fleet = Fleet([url])
+        weights = WeightsByNCCL(fleet, MODEL, None, 30, Stuck().open)
+        weights.prepare(MODEL.named_parameters(), 0)
+        await weights.bring(fleet.servers)
+        async with asyncio.timeout(5):
+            await weights.close()
+        await fleet.close()
+
+    with served(Receiving().app()) as url:
+        asyncio.run(once(url))
+
+
+def test_a_worker_leaves_its_group_before_it_joins_another():
+    worker, group = Receiver(), Group()
+    worker.otcrl_leave()  # it has no engine for it
+    engine = SimpleNamespace(model_update_group=None)
+    worker.weight_transfer_engine = engine  # pyright: ignore[reportAttributeAccessIssue]
+    worker.otcrl_leave()  # and now no group
+    engine.model_update_group = group
+    worker.otcrl_leave()
+    worker.otcrl_leave()
+    assert group.destroyed == 1
+    assert engine.model_update_group is None
 
 
 def test_one_that_is_lost_before_the_broadcast_is_left_out_and_a_smaller_group_opened():
@@ -321,8 +381,10 @@ def hang() -> None:
 
 
 def test_a_broadcast_that_hangs_ends_the_run_with_the_reason():
+    group = Hanging()
     with pytest.raises(EngineError, match=r"publishing took more than engine.sync_timeout_s=1 s"):
-        hang()
+        publish([Receiving()], group, 0, seconds=1)
+    assert group.destroyed == 1, "this wakes the thread"
 
 
 def test_and_the_process_ends_though_nobody_wakes_the_thread():

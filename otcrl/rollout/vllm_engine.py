@@ -19,7 +19,7 @@ import itertools
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -375,13 +375,24 @@ def sampled_logprobs(part: Any) -> list[float]:
     return [part.logprobs.logprobs[at] for at in part.logprobs.start_indices] if part.token_ids else []
 
 
-def nccl_group(address: str, port: int, ranks: int, device: torch.device) -> Callable[[Tensor], None]:
-    """Broadcasts a tensor of `device` to the workers of other vLLMs; returns when all `ranks` are there.
+class NCCLGroup:
+    """Broadcasts tensors of `device` to the workers of other vLLMs; made when all `ranks` are there.
 
     A `StatelessProcessGroup` keeps clear of the process groups that the learner has.
     """
-    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
-    from vllm.distributed.utils import StatelessProcessGroup
 
-    group = PyNcclCommunicator(StatelessProcessGroup.create(address, port, rank=0, world_size=ranks), device=device)
-    return lambda tensor: group.broadcast(tensor, src=0, stream=torch.cuda.current_stream(device))
+    def __init__(self, address: str, port: int, ranks: int, device: torch.device) -> None:
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+        from vllm.distributed.utils import StatelessProcessGroup
+
+        ranks_meet = StatelessProcessGroup.create(address, port, rank=0, world_size=ranks)
+        self._group, self._device, self._is_over = PyNcclCommunicator(ranks_meet, device=device), device, False
+
+    def broadcast(self, tensor: Tensor) -> None:
+        if self._is_over:
+            raise EngineError("the group for weights is over")  # its memory is gone: to go on would crash
+        self._group.broadcast(tensor, src=0, stream=torch.cuda.current_stream(self._device))
+
+    def destroy(self) -> None:
+        self._is_over = True
+        self._group.destroy()

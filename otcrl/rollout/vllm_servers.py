@@ -285,5 +285,5 @@ class VLLMServers:
         if self._beats is not None:
             self._beats.cancel()
             await asyncio.wait([self._beats])
-        self._weights.close()
+        await self._weights.close()
         await self._fleet.close()

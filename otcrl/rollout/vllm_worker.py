@@ -7,6 +7,7 @@ CPU too, where linear layers are repacked after loading and `model.load_weights`
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, cast
@@ -19,6 +20,7 @@ from otcrl.rollout.snapshot import Manifest, damaged, digest, read
 
 EXTENSION = "otcrl.rollout.vllm_worker.Receiver"
 CHUNK = 2**24  # words that are summed at a time
+LEAVE_S = 5.0
 
 
 class Receiver:
@@ -62,6 +64,17 @@ class Receiver:
         unchanged = [name for name, p in exact if self._otcrl_before.get(name) == fingerprint(p)]
         self.otcrl_version = version
         return {"version": version, "damaged": [], "unchanged": unchanged}
+
+    def otcrl_leave(self) -> None:
+        """The group in which weights came by NCCL is over; vLLM would keep it, and join the next one beside it."""
+        engine = getattr(self, "weight_transfer_engine", None)
+        group = getattr(engine, "model_update_group", None)
+        if engine is None or group is None:
+            return
+        engine.model_update_group = None
+        ending = threading.Thread(target=group.destroy, daemon=True)  # vLLM 0.20 waits for the other ranks in it
+        ending.start()
+        ending.join(LEAVE_S)
 
     def otcrl_settings(self) -> dict[str, Any]:
         """How a server was started, in so far as training depends on it."""

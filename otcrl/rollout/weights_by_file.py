@@ -49,5 +49,5 @@ class WeightsByFile:
 
         return await self._fleet.each(servers, load)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self._publisher.close()

@@ -6,6 +6,8 @@ That is spoken here, so one sender serves every version.
 
 NCCL waits for ever for a rank that has died. So the broadcasts run on a daemon thread, which hinders nobody from going
 on or ending, and everything else, with a deadline, on the event loop.
+
+A group that is over is destroyed on both sides, which also wakes who waits in it. vLLM 0.20 cannot wake anybody.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
 import torch
@@ -32,8 +35,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 NAME = "weights by NCCL"  # of the threads
-Broadcast = Callable[[Tensor], None]  # to all other ranks of a group
-OpenGroup = Callable[[str, int, int, torch.device], Broadcast]  # (address, port, ranks, this rank's GPU)
+DESTROY_S = 6.0  # that a group's end is waited for; vLLM itself waits for 5
+
+
+class Group(Protocol):
+    def broadcast(self, tensor: Tensor) -> None:
+        """To all other ranks."""
+        ...
+
+    def destroy(self) -> None:
+        """It is over. May take long where another rank has died."""
+        ...
+
+
+OpenGroup = Callable[[str, int, int, torch.device], Group]  # (address, port, ranks, this rank's GPU)
 
 
 class WeightsByNCCL:
@@ -49,7 +64,7 @@ class WeightsByNCCL:
     ) -> None:
         self._fleet, self._model, self._address, self._timeout_s = fleet, model, address, timeout_s
         self._open_group = open_group or nccl_group
-        self._broadcast: Broadcast | None = None
+        self._group: Group | None = None
         self._members: list[tuple[Server, int]] = []  # of the group; how often each had been lost
         self._workers: dict[str, int] = {}  # by URL of their server
         self._source = Layers(())
@@ -66,11 +81,22 @@ class WeightsByNCCL:
     async def bring(self, servers: Sequence[Server], *, again: bool = False) -> list[Server]:
         """Those that have the weights prepared last. Raises EngineError naming a parameter that did not change."""
         assert not again, "weights are not kept"
+        try:
+            return await self._bring(servers)
+        except BaseException:
+            self._end_group()  # nobody knows who is where in it
+            raise
+
+    async def _bring(self, servers: Sequence[Server]) -> list[Server]:
         servers = await self._fleet.each(servers, self._begin)  # who is lost until here is left out
         if not servers:
             return []
-        if self._broadcast is None or self._members != [(server, server.losses) for server in servers]:
-            await self._open(servers)  # also for one that was lost and is a new process now
+        if self._group is None or self._members != [(server, server.losses) for server in servers]:
+            self._end_group()  # also for one that was lost and is a new process now
+            servers = await self._fleet.each(servers, lambda server: self._fleet.rpc(server, "otcrl_leave"))
+            if not servers:
+                return []
+            await self._open(servers)
         before, self._digests = self._digests, await self._send(servers)
         await self._fleet.each(servers, lambda server: self._session(server, "/finish_weight_update"))
         all_changed = bool(before) and all(before.get(name) != digest for name, digest in self._digests.items())
@@ -90,9 +116,8 @@ class WeightsByNCCL:
         self._workers[server.url] = answer.json()["world_size"]
         await self._session(server, "/start_weight_update")
 
-    async def _open(self, servers: list[Server]) -> None:
+    async def _open(self, servers: Sequence[Server]) -> None:
         """A new group of this process and all workers of the servers."""
-        self._broadcast = None
         sizes = [self._workers[server.url] for server in servers]
         address, port = self._address or address_towards(servers[0].url), free_port()
         group = {"master_address": address, "master_port": port, "world_size": 1 + sum(sizes)}
@@ -100,21 +125,19 @@ class WeightsByNCCL:
         path, device = "/init_weight_transfer_engine", self._model.device
         opening = in_daemon_thread(lambda: self._open_group(address, port, group["world_size"], device), NAME)
         joining = [self._collective(s, path, body) for s, body in zip(servers, bodies, strict=True)]
-        self._broadcast, *_ = await asyncio.gather(opening, *joining)
+        self._group, *_ = await asyncio.gather(opening, *joining)
         self._members = [(server, server.losses) for server in servers]
 
-    async def _send(self, servers: list[Server]) -> dict[str, str]:
-        """Digests of what was sent. Whatever fails, the group cannot be used again."""
-        described, broadcast, source = self._source.described(), self._broadcast, self._source
-        assert broadcast is not None, "the group is open"
+    async def _send(self, servers: Sequence[Server]) -> dict[str, str]:
+        """Digests of what was sent."""
+        described, group, source = self._source.described(), self._group, self._source
+        assert group is not None, "the group is open"
         names, types, shapes = (list(column) for column in zip(*described, strict=True))
         what = {"names": names, "dtype_names": [str(t).removeprefix("torch.") for t in types], "shapes": shapes}
-        self._broadcast = None
         receiving = [self._collective(server, "/update_weights", {"update_info": what}) for server in servers]
         digests, *_ = await asyncio.gather(
-            in_daemon_thread(lambda: sent(source, broadcast, self._model.device), NAME), *receiving
+            in_daemon_thread(lambda: sent(source, group.broadcast, self._model.device), NAME), *receiving
         )
-        self._broadcast = broadcast
         return digests
 
     async def _collective(self, server: Server, path: str, body: object) -> None:
@@ -132,11 +155,27 @@ class WeightsByNCCL:
         if response.is_error and response.status_code != 404:
             raise EngineError(f"{server.url}{path} answered {response.status_code}: {response.text[:1000]}")
 
-    def close(self) -> None:
-        """The group ends with the process: to end it is a collective of its own, and who knows who is left."""
+    def _end_group(self) -> asyncio.Future[None] | None:
+        """On a thread of its own: to destroy it may take as long as what it waits for."""
+        if self._group is None:
+            return None
+        group, self._group = self._group, None
+        return in_daemon_thread(group.destroy, f"{NAME} end")
+
+    async def close(self) -> None:
+        """Best effort: who cannot be asked to leave the group ends it with its process."""
+        if (ending := self._end_group()) is None:
+            return
+
+        async def leave(server: Server) -> None:
+            with suppress(EngineError):
+                await self._fleet.rpc(server, "otcrl_leave", timeout_s=DESTROY_S)
+
+        await self._fleet.each([server for server, _ in self._members if server.version is not None], leave)
+        await asyncio.wait([ending], timeout=DESTROY_S)
 
 
-def sent(source: Layers, broadcast: Broadcast, device: torch.device) -> dict[str, str]:
+def sent(source: Layers, broadcast: Callable[[Tensor], None], device: torch.device) -> dict[str, str]:
     """Broadcasts every parameter in order. Digests by name; each has left the GPU before the next is gathered."""
     make_current(device)  # in this thread
     digests = {}
@@ -149,11 +188,11 @@ def sent(source: Layers, broadcast: Broadcast, device: torch.device) -> dict[str
     return digests
 
 
-def nccl_group(address: str, port: int, ranks: int, device: torch.device) -> Broadcast:
-    from otcrl.rollout.vllm_engine import nccl_group
+def nccl_group(address: str, port: int, ranks: int, device: torch.device) -> Group:
+    from otcrl.rollout.vllm_engine import NCCLGroup
 
     make_current(device)  # in this thread
-    return nccl_group(address, port, ranks, device)
+    return NCCLGroup(address, port, ranks, device)
 
 
 def address_towards(url: str) -> str:
