@@ -6,6 +6,7 @@ NCCL itself needs two GPUs (the last test); here a group is anything that takes 
 from __future__ import annotations
 
 import asyncio
+import copy
 import signal
 import subprocess
 import sys
@@ -129,7 +130,7 @@ class Receiving:
     without: tuple[str, ...] = ()  # routes that its version does not have
     unchanged: tuple[str, ...] = ()  # parameters that keep their old values
     fails: str = ""  # at this route
-    is_lost: bool = False  # when an update is to begin
+    lost_at: str = ""  # this route
     heard: list[tuple[str, Any]] = field(default_factory=list)
 
     def app(self) -> FastAPI:
@@ -147,7 +148,7 @@ class Receiving:
         async def control(route: str, request: Request) -> JSONResponse:
             if route in self.without:
                 return JSONResponse({"detail": "Not Found"}, 404)
-            if self.is_lost and route == "start_weight_update":
+            if route == self.lost_at:
                 return JSONResponse({"message": "the engine is dead"}, 503)
             self.heard.append((route, await request.json()))
             return JSONResponse({"message": "out of memory"}, 500 if route == self.fails else 200)
@@ -311,7 +312,7 @@ def test_one_that_is_lost_before_the_broadcast_is_left_out_and_a_smaller_group_o
         weights = WeightsByNCCL(fleet, MODEL, None, 30, group.open)
         weights.prepare(MODEL.named_parameters(), 0)
         assert await weights.bring(fleet.servers) == fleet.servers
-        servers[0].is_lost = True
+        servers[0].lost_at = "start_weight_update"
         weights.prepare([(name, p.detach() + 1) for name, p in MODEL.named_parameters()], 1)
         assert await weights.bring(fleet.servers) == fleet.servers[1:]
         await fleet.close()
@@ -371,9 +372,19 @@ def test_a_missing_parameter_is_named_before_anything_is_sent():
 # -- what hangs -------------------------------------------------------------------------------------------
 
 
+@dataclass
 class Hanging(Group):
+    """Who broadcasts waits until it is destroyed, as when another rank is lost."""
+
+    over: threading.Event = field(default_factory=threading.Event)
+
     def broadcast(self, tensor: Tensor) -> None:
-        threading.Event().wait()
+        self.over.wait()
+        raise RuntimeError("NCCL error: the communicator was aborted")
+
+    def destroy(self) -> None:
+        super().destroy()
+        self.over.set()
 
 
 def hang() -> None:
@@ -384,15 +395,138 @@ def test_a_broadcast_that_hangs_ends_the_run_with_the_reason():
     group = Hanging()
     with pytest.raises(EngineError, match=r"publishing took more than engine.sync_timeout_s=1 s"):
         publish([Receiving()], group, 0, seconds=1)
-    assert group.destroyed == 1, "this wakes the thread"
+    assert group.over.wait(10), "nor does the thread wait any longer"
 
 
 def test_and_the_process_ends_though_nobody_wakes_the_thread():
-    code = "from tests.test_weights_by_nccl import hang; hang()"
+    code = "from tests.test_weights_by_nccl import Hanging, hang; Hanging.destroy = lambda group: None; hang()"
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "EngineError: publishing took more than engine.sync_timeout_s=1 s" in done.stderr
+
+
+def test_a_worker_that_waits_for_weights_in_vain_leaves_their_group():
+    worker, first, second = Receiver(), Hanging(), Hanging()
+    worker.model_runner = SimpleNamespace(get_model=lambda: MODEL)
+    engine = SimpleNamespace(model_update_group=first)
+    worker.weight_transfer_engine = engine  # pyright: ignore[reportAttributeAccessIssue]
+    worker.otcrl_remember(0.2)
+    worker.otcrl_arrived(1, ["float32"])
+    assert not first.over.wait(0.5), "they came in time"
+    worker.otcrl_remember(0.5)
+    worker.otcrl_leave()
+    assert first.over.is_set()
+    engine.model_update_group = second
+    assert second.over.wait(10), "the limit holds for the group that it joins then"
+    assert (first.destroyed, second.destroyed) == (1, 1)
+
+
+# -- a server is lost in the middle -----------------------------------------------------------------------
+
+
+@dataclass
+class FirstHangs(Group):
+    """The first group has lost a rank; those that are opened after it have not."""
+
+    first: Hanging = field(default_factory=Hanging)
+
+    def open(self, address: str, port: int, ranks: int, device: torch.device) -> Group:
+        super().open(address, port, ranks, device)
+        return self if len(self.opened) > 1 else self.first
+
+
+@dataclass
+class WakesUp(Receiving):
+    """What it says of an update that it was woken from; it takes the next."""
+
+    def app(self) -> FastAPI:
+        app = super().app()
+
+        @app.middleware("http")
+        async def once(request: Request, go_on: Any) -> Any:
+            answer = await go_on(request)
+            if request.url.path == f"/{self.fails}":
+                self.fails = ""
+            return answer
+
+        return app
+
+
+@pytest.mark.parametrize("fails", ["", "update_weights"], ids=["with what came", "with an error"])
+def test_a_server_that_is_lost_in_a_broadcast_is_left_out_and_all_is_sent_anew(fails):
+    servers, group = [WakesUp(fails=fails), Receiving(lost_at="update_weights")], FirstHangs()
+
+    async def one_is_lost(urls: list[str]) -> None:
+        fleet = Fleet(urls)
+        weights = WeightsByNCCL(fleet, MODEL, None, 30, group.open)
+        weights.prepare(MODEL.named_parameters(), 0)
+        async with asyncio.timeout(10):
+            assert await weights.bring(fleet.servers) == fleet.servers[:1]
+        assert [server.is_up for server in fleet.servers] == [True, False]
+        await fleet.close()
+
+    with ExitStack() as stack:
+        asyncio.run(one_is_lost([stack.enter_context(served(server.app())) for server in servers]))
+    assert [ranks for _, ranks in group.opened] == [3, 2]
+    assert group.first.over.is_set(), "nobody waits in it any more"
+    assert all(torch.equal(a, p) for a, p in zip(group.arrived, MODEL.parameters(), strict=True))
+    once = ["otcrl_remember", "start_weight_update", "otcrl_leave", "init_weight_transfer_engine", "update_weights"]
+    assert servers[0].routes() == [*once, "finish_weight_update", *once, "finish_weight_update", "otcrl_arrived"]
+
+
+def test_a_parameter_that_arrived_in_a_broadcast_that_failed_may_stay_in_the_next():
+    servers = [Receiving(unchanged=("model.norm.weight",)), Receiving()]
+    group = FirstHangs()
+
+    async def second_is_lost(urls: list[str]) -> None:
+        fleet = Fleet(urls)
+        group.opened.append(("", 0))  # the first publication goes well
+        weights = WeightsByNCCL(fleet, MODEL, None, 30, group.open)
+        weights.prepare(MODEL.named_parameters(), 0)
+        assert await weights.bring(fleet.servers) == fleet.servers
+        servers[1].lost_at = "update_weights"
+        weights.prepare([(name, p.detach() + 1) for name, p in MODEL.named_parameters()], 1)
+        assert await weights.bring(fleet.servers) == fleet.servers[:1]
+        await fleet.close()
+
+    with ExitStack() as stack:
+        asyncio.run(second_is_lost([stack.enter_context(served(server.app())) for server in servers]))
+
+
+def test_a_split_model_is_not_gathered_again_by_one_rank_alone():
+    split, group = copy.deepcopy(MODEL), Group()
+    for parameter in split.parameters():
+        parameter.ds_shape = parameter.shape  # pyright: ignore[reportAttributeAccessIssue]
+
+    async def one_is_lost(url: str) -> None:
+        fleet = Fleet([url])
+        weights = WeightsByNCCL(fleet, split, None, 30, group.open)
+        weights.prepare(split.named_parameters(), 0)
+        with pytest.raises(EngineError, match=f"a server was lost in the middle of a broadcast, {url}"):
+            await weights.bring(fleet.servers)
+        await fleet.close()
+
+    with served(Receiving(lost_at="update_weights").app()) as url:
+        asyncio.run(one_is_lost(url))
+
+
+def test_when_every_publication_loses_a_server_the_run_ends_and_says_why():
+    servers, group = [Receiving(), Receiving(lost_at="update_weights")], Group()
+
+    async def again_and_again(urls: list[str]) -> None:
+        fleet = Fleet(urls)
+        weights = WeightsByNCCL(fleet, MODEL, None, 30, group.open)
+        for number in range(10):
+            weights.prepare(MODEL.named_parameters(), number)
+            await weights.bring(fleet.servers)
+            fleet.servers[1].is_up = True
+        await fleet.close()
+
+    with ExitStack() as stack:
+        urls = [stack.enter_context(served(server.app())) for server in servers]
+        with pytest.raises(EngineError, match=rf"4 broadcasts of weights have lost a server.* Last: {urls[1]}"):
+            asyncio.run(again_and_again(urls))
 
 
 # -- NCCL -------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from otcrl.rollout.snapshot import Manifest, damaged, digest, read
 EXTENSION = "otcrl.rollout.vllm_worker.Receiver"
 CHUNK = 2**24  # words that are summed at a time
 LEAVE_S = 5.0
+LEAVING = threading.Lock()  # a group that is destroyed twice crashes
 
 
 class Receiver:
@@ -30,6 +31,7 @@ class Receiver:
     vllm_config: Any
     otcrl_version = -1  # of the weights that are loaded; -1: those the engine came with
     _otcrl_before: Mapping[str, str] = MappingProxyType({})
+    _otcrl_limit = threading.Timer(0, lambda: None)  # until what is to come must have arrived
 
     def otcrl_load_file(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Weights from a snapshot on this machine. Nothing is loaded if a parameter was damaged on its way."""
@@ -51,15 +53,25 @@ class Receiver:
         """The version of the loaded weights."""
         return {"version": self.otcrl_version}
 
-    def otcrl_remember(self) -> None:
-        """Before weights come another way (NCCL): what there is now."""
+    def otcrl_remember(self, limit_s: float | None = None) -> None:
+        """Before weights come another way (NCCL): what there is now.
+
+        If they have not arrived after `limit_s`, they will not: then the group that they come in is left, so that
+        whoever waits for them in this worker goes on.
+        """
         self._otcrl_before = {name: fingerprint(parameter) for name, parameter in self._otcrl_parameters()}
+        if limit_s is not None:
+            self._otcrl_limit.cancel()
+            self._otcrl_limit = threading.Timer(limit_s, self.otcrl_leave)
+            self._otcrl_limit.daemon = True
+            self._otcrl_limit.start()
 
     def otcrl_arrived(self, version: int, types: Collection[str]) -> dict[str, Any]:
         """Weights have come since `otcrl_remember`, and are this version. `types`: theirs, as they were sent.
 
         A parameter of a narrower type than that may be what it was after a small update, by rounding.
         """
+        self._otcrl_limit.cancel()
         exact = ((name, p) for name, p in self._otcrl_parameters() if all(holds(p.dtype, sent) for sent in types))
         unchanged = [name for name, p in exact if self._otcrl_before.get(name) == fingerprint(p)]
         self.otcrl_version = version
@@ -68,10 +80,11 @@ class Receiver:
     def otcrl_leave(self) -> None:
         """The group in which weights came by NCCL is over; vLLM would keep it, and join the next one beside it."""
         engine = getattr(self, "weight_transfer_engine", None)
-        group = getattr(engine, "model_update_group", None)
-        if engine is None or group is None:
-            return
-        engine.model_update_group = None
+        with LEAVING:
+            group = getattr(engine, "model_update_group", None)
+            if engine is None or group is None:
+                return
+            engine.model_update_group = None
         ending = threading.Thread(target=group.destroy, daemon=True)  # vLLM 0.20 waits for the other ranks in it
         ending.start()
         ending.join(LEAVE_S)

@@ -5,9 +5,8 @@ group of NCCL in which the trainer is rank 0, and one broadcast for each paramet
 That is spoken here, so one sender serves every version.
 
 NCCL waits for ever for a rank that has died. So the broadcasts run on a daemon thread, which hinders nobody from going
-on or ending, and everything else, with a deadline, on the event loop.
-
-A group that is over is destroyed on both sides, which also wakes who waits in it. vLLM 0.20 cannot wake anybody.
+on or ending, and everything else, with a deadline, on the event loop. A group that has lost a rank is over: it is
+destroyed on both sides, which wakes who waits in it (vLLM 0.20 cannot), and whoever is left gets all weights anew.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import asyncio
 import socket
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from otcrl.errors import EngineError
 from otcrl.models.devices import make_current
-from otcrl.models.published import Layers
+from otcrl.models.published import Layers, is_split
 from otcrl.rollout.daemon import in_daemon_thread
 from otcrl.rollout.fleet import Fleet, Server, named
 from otcrl.rollout.publication import Message, check_delivery, check_names
@@ -36,6 +35,9 @@ if TYPE_CHECKING:
 
 NAME = "weights by NCCL"  # of the threads
 DESTROY_S = 6.0  # that a group's end is waited for; vLLM itself waits for 5
+WORKERS_SHARE, ANSWERS_SHARE = 0.35, 0.45  # of a publication's time, for one broadcast: a second must fit in it
+MAX_LOST = 3  # broadcasts that lose a server, until a publication is without
+T = TypeVar("T")
 
 
 class Group(Protocol):
@@ -70,6 +72,7 @@ class WeightsByNCCL:
         self._source = Layers(())
         self._version = 0
         self._digests: dict[str, str] = {}
+        self._lost = 0  # broadcasts that lost a server, since a publication was without
 
     def prepare(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Raises EngineError naming a parameter that is missing, unknown or of another shape."""
@@ -88,16 +91,21 @@ class WeightsByNCCL:
             raise
 
     async def _bring(self, servers: Sequence[Server]) -> list[Server]:
-        servers = await self._fleet.each(servers, self._begin)  # who is lost until here is left out
-        if not servers:
-            return []
-        if self._group is None or self._members != [(server, server.losses) for server in servers]:
-            self._end_group()  # also for one that was lost and is a new process now
-            servers = await self._fleet.each(servers, lambda server: self._fleet.rpc(server, "otcrl_leave"))
+        before, undisturbed = self._digests, True
+        while True:
+            servers = await self._fleet.each(servers, self._begin)  # who is lost until here is left out
             if not servers:
                 return []
-            await self._open(servers)
-        before, self._digests = self._digests, await self._send(servers)
+            try:
+                await self._join(servers)
+                self._digests = await self._send(servers)
+                break
+            except ServerLost as error:
+                self._end_group()
+                before, undisturbed = {}, False  # who is left may have some of the weights: they will not change in it
+                servers = await self._left(servers, error)
+        if undisturbed:
+            self._lost = 0
         await self._fleet.each(servers, lambda server: self._session(server, "/finish_weight_update"))
         all_changed = bool(before) and all(before.get(name) != digest for name, digest in self._digests.items())
         types = sorted({str(dtype).removeprefix("torch.") for _, dtype, _ in self._source.described()})
@@ -110,44 +118,75 @@ class WeightsByNCCL:
         return await self._fleet.each(servers, arrived)
 
     async def _begin(self, server: Server) -> None:
-        """Whatever does not need the others: after this every loss ends the run."""
-        await self._fleet.rpc(server, "otcrl_remember")
+        """Whatever does not need the others."""
+        await self._fleet.rpc(server, "otcrl_remember", WORKERS_SHARE * self._timeout_s)
         answer = await self._fleet.ask(server, "GET", "/get_world_size")
         self._workers[server.url] = answer.json()["world_size"]
         await self._session(server, "/start_weight_update")
 
-    async def _open(self, servers: Sequence[Server]) -> None:
-        """A new group of this process and all workers of the servers."""
+    async def _join(self, servers: Sequence[Server]) -> None:
+        """This process and all their workers are in one group. Raises ServerLost if a server is lost meanwhile."""
+        if self._group is not None and self._members == [(server, server.losses) for server in servers]:
+            return
+        self._end_group()  # also for one that was lost and is a new process now
+        await asyncio.gather(*(self._fleet.rpc(server, "otcrl_leave") for server in servers))
         sizes = [self._workers[server.url] for server in servers]
         address, port = self._address or address_towards(servers[0].url), free_port()
         group = {"master_address": address, "master_port": port, "world_size": 1 + sum(sizes)}
         bodies = [{"init_info": {**group, "rank_offset": 1 + sum(sizes[:number])}} for number in range(len(servers))]
-        path, device = "/init_weight_transfer_engine", self._model.device
-        opening = in_daemon_thread(lambda: self._open_group(address, port, group["world_size"], device), NAME)
-        joining = [self._collective(s, path, body) for s, body in zip(servers, bodies, strict=True)]
-        self._group, *_ = await asyncio.gather(opening, *joining)
+        ranks, device = 1 + sum(sizes), self._model.device
+        opening = in_daemon_thread(lambda: self._open_group(address, port, ranks, device), NAME)
+        self._group = await self._together(opening, servers, "/init_weight_transfer_engine", bodies)
         self._members = [(server, server.losses) for server in servers]
 
     async def _send(self, servers: Sequence[Server]) -> dict[str, str]:
-        """Digests of what was sent."""
+        """Digests of what was sent. Raises ServerLost if a server is lost meanwhile."""
         described, group, source = self._source.described(), self._group, self._source
         assert group is not None, "the group is open"
         names, types, shapes = (list(column) for column in zip(*described, strict=True))
         what = {"names": names, "dtype_names": [str(t).removeprefix("torch.") for t in types], "shapes": shapes}
-        receiving = [self._collective(server, "/update_weights", {"update_info": what}) for server in servers]
-        digests, *_ = await asyncio.gather(
-            in_daemon_thread(lambda: sent(source, group.broadcast, self._model.device), NAME), *receiving
-        )
-        return digests
+        sending = in_daemon_thread(lambda: sent(source, group.broadcast, self._model.device), NAME)
+        return await self._together(sending, servers, "/update_weights", [{"update_info": what}] * len(servers))
 
-    async def _collective(self, server: Server, path: str, body: object) -> None:
-        """What every worker must take part in. Raises EngineError for one that does not: the others wait for ever."""
+    async def _together(
+        self, mine: asyncio.Future[T], servers: Sequence[Server], path: str, bodies: Sequence[object]
+    ) -> T:
+        """What this process has of it, when all workers have taken part. Raises ServerLost when one has not.
+
+        The others have then answered too: they give up waiting after a while (`otcrl_remember`), or are lost as well.
+        """
+        asked = (
+            self._fleet.ask(server, "POST", path, body, timeout_s=ANSWERS_SHARE * self._timeout_s)
+            for server, body in zip(servers, bodies, strict=True)
+        )
         try:
-            response = await self._fleet.attempt(server, "POST", path, body, timeout_s=self._timeout_s)
-        except ServerLost as error:
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            failed = [answer for answer in answers if isinstance(answer, BaseException)]
+            lost = [error for error in failed if isinstance(error, ServerLost)]
+            broken = mine.done() and mine.exception() is not None
+            if lost or (failed and not broken):
+                raise (lost or failed)[0]
+            return await mine
+        except RuntimeError as error:  # NCCL's
+            raise EngineError(f"weights could not be broadcast: {error}") from error
+        finally:
+            mine.cancel()  # if it is not done, its thread may wait for ever
+
+    async def _left(self, servers: Sequence[Server], error: ServerLost) -> list[Server]:
+        """Those that are still there after one was lost in a broadcast. Raises EngineError if that goes on."""
+        self._lost += 1
+        if self._lost > MAX_LOST:
+            raise EngineError(
+                f"{self._lost} broadcasts of weights have lost a server, and no publication went without. Last: {error}"
+            ) from error
+        if is_split(self._model):  # the other ranks gather it too, once
             raise EngineError(f"a server was lost in the middle of a broadcast, {error}") from error
-        if response.is_error:
-            raise EngineError(f"{server.url}{path} answered {response.status_code}: {response.text[:1000]}")
+
+        async def finish(server: Server) -> None:
+            """Its update ends, if it has not: whatever has arrived is sent again."""
+            await self._fleet.attempt(server, "POST", "/finish_weight_update", {}, timeout_s=self._timeout_s)
+
+        return await self._fleet.each([server for server in servers if server.is_up], finish)
 
     async def _session(self, server: Server, path: str) -> None:
         """Opens or ends an update, where vLLM has such things (not in 0.20)."""
