@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from otcrl.protocols import Completion
 from otcrl.rollout.publication import Publisher
 from otcrl.rollout.submission import before_half_stop
 from otcrl.rollout.vllm_engine import VLLMEngine
-from otcrl.rollout.vllm_launch import check_settings, check_vllm, child_environment, visible
+from otcrl.rollout.vllm_launch import OwnFolder, check_settings, check_vllm, child_environment, visible
 from tests.test_bad_input import ROOT
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -615,11 +616,52 @@ def test_vllm_does_not_take_the_ranks_of_a_training_job_for_its_own(monkeypatch)
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     before = dict(os.environ)
-    with child_environment([3], cpu_cache_gib=1.5):
+    with child_environment([3], cpu_cache_gib=1.5, folder=Path()):
         assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
         assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "2"
     assert dict(os.environ) == before
+
+
+def test_vllms_sockets_lie_in_the_engines_folder_unless_the_path_would_be_too_long(monkeypatch):
+    monkeypatch.delenv("VLLM_RPC_BASE_PATH", raising=False)
+    for folder, theirs in ((Path("/x" * 35), "/x" * 35), (Path("/x" * 36), None)):
+        with child_environment(None, cpu_cache_gib=1, folder=folder):
+            assert os.environ.get("VLLM_RPC_BASE_PATH") == theirs
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", "/my/own")
+    with child_environment(None, cpu_cache_gib=1, folder=Path("/x")):
+        assert os.environ["VLLM_RPC_BASE_PATH"] == "/my/own"
+
+
+def test_a_killed_engine_leaves_nothing_behind_and_its_sockets_do_not_lie_elsewhere(known):
+    """Run after others: also what its processes have left when they were killed."""
+    from vllm.utils.network_utils import get_open_zmq_ipc_path
+
+    folder = known.engine._folder.path
+    with child_environment(None, 1, folder):
+        assert Path(get_open_zmq_ipc_path().removeprefix("ipc://")).parent == folder
+    assert [path for path in folder.iterdir() if path.is_socket()]
+
+
+def killed_in_its_folder(within: Path) -> None:
+    folder = OwnFolder(within)
+    (folder.path / "socket").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_folder_of_a_killed_process_is_removed_by_the_next_and_no_other(tmp_path):
+    live, foreign = OwnFolder(tmp_path), tmp_path / "otcrl-vllm-foreign"
+    foreign.mkdir()
+    process = multiprocessing.get_context("fork").Process(target=killed_in_its_folder, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 3
+    next_one = OwnFolder(tmp_path)
+    assert set(tmp_path.iterdir()) == {live.path, foreign, next_one.path}
+    live.close()
+    next_one.close()
+    assert list(tmp_path.iterdir()) == [foreign]
 
 
 def test_the_installed_vllm_is_one_that_is_known():

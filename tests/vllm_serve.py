@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Mapping
@@ -29,6 +31,7 @@ class VLLMServer:
     port: int
     environment: Mapping[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
+    sockets: str = ""  # a folder for vLLM's, which it leaves behind when it is killed
 
     @property
     def url(self) -> str:
@@ -36,7 +39,9 @@ class VLLMServer:
 
     def start(self) -> None:
         """Returns at once: servers may start side by side."""
+        self.sockets = tempfile.mkdtemp(prefix="otcrl-sockets-")
         own = {
+            "VLLM_RPC_BASE_PATH": self.sockets,
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_SERVER_DEV_MODE": "1",
@@ -86,6 +91,7 @@ class VLLMServer:
                 with suppress(subprocess.TimeoutExpired):
                     self.process.wait(timeout=8)
             self.process = None
+            shutil.rmtree(self.sockets, ignore_errors=True)
 
 
 def free_port() -> int:

@@ -18,7 +18,6 @@ import gc
 import itertools
 import multiprocessing
 import sys
-import tempfile
 from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -36,6 +35,7 @@ from otcrl.rollout.gate import LOOK_S, Common, Gate, deadline
 from otcrl.rollout.publication import Message, Publisher, check_delivery
 from otcrl.rollout.submission import Part, check_request, complete, sampling
 from otcrl.rollout.vllm_launch import (
+    OwnFolder,
     arguments,
     check_settings,
     check_vllm,
@@ -85,7 +85,7 @@ class VLLMEngine:
         self._check_options()
         self._llm: AsyncLLM | None = None
         self._processes: list[Any] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="otcrl-vllm-")
+        self._folder = OwnFolder()
         folder = Path(self.weights_dir) if self.weights_dir else None
         by_handle = on_gpu and (self.transport == "ipc" or (self.transport == "auto" and self._sees_learner()))
         self._publisher = Publisher(self.model, by_handle=by_handle, folder=folder)
@@ -278,7 +278,7 @@ class VLLMEngine:
 
     async def _start(self) -> None:
         self._give_back_memory()
-        folder = Path(self._folder.name)
+        folder = self._folder.path
         save_description(folder, self.model, self.tokenizer)
         before = set(multiprocessing.active_children())
         try:
@@ -292,7 +292,7 @@ class VLLMEngine:
 
     def _construct(self, folder: Path) -> AsyncLLM:
         devices = devices_of_rank(self.devices, self.model.device.type == "cuda")
-        with child_environment(devices, self.cpu_cache_gib):
+        with child_environment(devices, self.cpu_cache_gib, folder):
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -351,7 +351,7 @@ class VLLMEngine:
             del llm
             gc.collect()  # now: its finalizer fails when the interpreter is already going
         self._publisher.close()
-        self._folder.cleanup()
+        self._folder.close()
 
     def _sees_learner(self) -> bool:
         """Whether the learner's GPU is among the engine's, so that its memory can be opened there."""

@@ -5,8 +5,11 @@ Imports no vllm, so all of it can be checked where there is none.
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
     from otcrl.rollout.vllm_engine import VLLMEngine
 
 FIRST, LAST = (0, 20), (0, 33)  # versions of vLLM whose interfaces otcrl knows
+FOLDER, OWNED = "otcrl-vllm-", "owned"  # names: of an engine's folder, and of the file in it that its owner holds
+SOCKET = 1 + 36  # characters of the name of vLLM's sockets in their folder
+LONGEST = 107  # path of a socket
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -132,15 +138,46 @@ def save_description(folder: Path, model: PreTrainedModel, tokenizer: HFTokenize
     tokenizer.hf.save_pretrained(folder)
 
 
+class OwnFolder:
+    """A temporary folder, gone at the end; what an owner that was killed has left is removed by the next."""
+
+    def __init__(self, within: Path | None = None) -> None:
+        """`within` null: the system's folder for temporary files."""
+        within = within or Path(tempfile.gettempdir())
+        remove_ownerless(within)
+        self._folder = tempfile.TemporaryDirectory(prefix=FOLDER, dir=within, ignore_cleanup_errors=True)
+        self.path = Path(self._folder.name)
+        self._held = (self.path / "new").open("w")  # until this process ends, however that comes about
+        fcntl.flock(self._held, fcntl.LOCK_EX)
+        (self.path / "new").rename(self.path / OWNED)  # there is no moment at which it is seen and not held
+
+    def close(self) -> None:
+        self._folder.cleanup()
+        self._held.close()
+
+
+def remove_ownerless(within: Path) -> None:
+    """Best effort: folders of engines whose process has been killed."""
+    for folder in within.glob(f"{FOLDER}*"):
+        with suppress(OSError), (folder / OWNED).open("r+") as held:  # another user's cannot be opened
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextmanager
-def child_environment(devices: Sequence[int] | None, cpu_cache_gib: float) -> Iterator[None]:
-    """What vLLM's processes should find in their environment; afterwards this process has its own again."""
+def child_environment(devices: Sequence[int] | None, cpu_cache_gib: float, folder: Path) -> Iterator[None]:
+    """What vLLM's processes should find in their environment; afterwards this process has its own again.
+
+    Their sockets lie in `folder`: vLLM leaves them behind when it is killed.
+    """
     own = dict(os.environ)
     packages = str(Path(__file__).parents[2])  # the extension must be found from any directory
     os.environ["PYTHONPATH"] = os.pathsep.join([packages, *filter(None, [own.get("PYTHONPATH")])])
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(cpu_cache_gib)))
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # the trainer waits while the engine works
+    if len(os.fsencode(folder)) + SOCKET <= LONGEST:
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", str(folder))
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible(devices, own.get("CUDA_VISIBLE_DEVICES"))
     for name in (*TORCHRUN, *(name for name in own if name.startswith("TORCHELASTIC_"))):
