@@ -523,6 +523,23 @@ asyncio.run(main())
     assert "vLLM did not start within engine.start_timeout_s=0.2 s" in done.stderr
 
 
+def test_a_vllm_that_does_not_end_is_killed_and_keeps_nobody_from_ending():
+    code = """
+import asyncio, subprocess, threading
+from tests.test_vllm_engine import Sleeper, sharing
+async def main():
+    engine, process = sharing(Sleeper()), subprocess.Popen(["sleep", "1000"])
+    engine.sync_timeout_s, engine._processes = 0.2, [process]
+    engine._llm.shutdown = threading.Event().wait
+    await engine.close()
+    assert process.wait(10) == -9
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "ending vLLM took more than engine.sync_timeout_s=0.2 s: its processes are killed" in done.stdout
+
+
 def test_a_request_that_vllm_is_still_preparing_is_aborted_when_it_has_it():
     async def main() -> None:
         llm = Sleeper()

@@ -346,7 +346,13 @@ class VLLMEngine:
         self._gate.close()
         await self._common.cancel()
         if llm is not None:
-            await asyncio.to_thread(llm.shutdown)
+            try:
+                async with deadline(self.sync_timeout_s, "ending vLLM"):
+                    await in_daemon_thread(llm.shutdown, "vLLM ends")
+            except EngineError as error:
+                tell(f"{error}: its processes are killed", sys.stdout)
+                for process in self._processes:
+                    process.kill()
             await asyncio.sleep(0)  # its task hears that it is cancelled
             del llm
             gc.collect()  # now: its finalizer fails when the interpreter is already going
