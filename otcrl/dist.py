@@ -22,6 +22,9 @@ if TYPE_CHECKING:  # torch takes seconds to import
 
 T = TypeVar("T")
 GAVE_UP = 75  # exit code of a rank whose others did not come (EX_TEMPFAIL)
+NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# What the launcher said. Read once: while vLLM starts beside the learner, the environment lacks it (vllm_launch.py).
+LAUNCHER = {name: os.environ[name] for name in NAMES if name in os.environ}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,10 +50,10 @@ class _State:
 
 def launched() -> int:
     """The number of processes that a launcher has started, 1 without one. Raises ConfigError when it cannot be told."""
-    given = os.environ.get("WORLD_SIZE", "1")
+    given = LAUNCHER.get("WORLD_SIZE", "1")
     if not given.isdecimal() or int(given) < 1:
         raise ConfigError(f"the launcher set WORLD_SIZE={given!r}, and it must be the number of processes")
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in LAUNCHER]
     if int(given) > 1 and missing:
         raise ConfigError(
             f"WORLD_SIZE is {given} and {missing[0]} is not set: start the run with "
@@ -61,12 +64,12 @@ def launched() -> int:
 
 def rank() -> int:
     """0 for the first process, and the only one that prints, logs and names files."""
-    return int(os.environ.get("RANK", "0")) if launched() > 1 else 0
+    return int(LAUNCHER.get("RANK", "0")) if launched() > 1 else 0
 
 
 def local_rank() -> int:
     """The number of this process on its machine, which is the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if launched() > 1 else 0
+    return int(LAUNCHER.get("LOCAL_RANK", "0")) if launched() > 1 else 0
 
 
 def size() -> int:

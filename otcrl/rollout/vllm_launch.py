@@ -10,12 +10,13 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from otcrl import dist
 from otcrl.errors import ConfigError
 from otcrl.rollout.vllm_worker import EXTENSION
 
@@ -30,6 +31,12 @@ FOLDER, OWNED = "otcrl-vllm-", "owned"  # names: of an engine's folder, and of t
 SOCKET = 1 + 36  # characters of the name of vLLM's sockets in their folder
 LONGEST = 107  # path of a socket
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+FROM_VLLM = (
+    "LD_PRELOAD",
+    "LD_LIBRARY_PATH",
+    "OMP_NUM_THREADS",
+    "NUMEXPR_MAX_THREADS",
+)  # set here for its own processes
 
 
 def check_vllm() -> None:
@@ -63,7 +70,7 @@ def check_settings(engine: VLLMEngine) -> None:
     if engine.max_deaths < 0:
         raise ValueError(f"max_deaths must be at least 0, got {engine.max_deaths}")
     device = engine.model.device
-    if device.type == "cuda" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if device.type == "cuda" and dist.size() > 1:
         for name, alone in (("tensor_parallel", 1), ("devices", None)):
             if (given := getattr(engine, name)) != alone:
                 raise ValueError(
@@ -115,7 +122,7 @@ def devices_of_rank(devices: Sequence[int] | None, on_gpu: bool) -> Sequence[int
     """The GPUs to use, by number: under torchrun this rank's own if none are named; None: whatever is visible."""
     if devices is not None or not on_gpu:
         return devices
-    return None if "LOCAL_RANK" not in os.environ else (int(os.environ["LOCAL_RANK"]),)
+    return (dist.local_rank(),) if dist.size() > 1 else None
 
 
 def visible(devices: Sequence[int], own: str | None) -> str:
@@ -168,22 +175,35 @@ def remove_ownerless(within: Path) -> None:
 def child_environment(devices: Sequence[int] | None, cpu_cache_gib: float, folder: Path) -> Iterator[None]:
     """What vLLM's processes should find in their environment; afterwards this process has its own again.
 
-    Their sockets lie in `folder`: vLLM leaves them behind when it is killed.
+    It takes a minute, in which other threads start tools: whatever else they find or set is left alone. vLLM's sockets
+    lie in `folder`, as it leaves them behind when it is killed.
     """
-    own = dict(os.environ)
     packages = str(Path(__file__).parents[2])  # the extension must be found from any directory
-    os.environ["PYTHONPATH"] = os.pathsep.join([packages, *filter(None, [own.get("PYTHONPATH")])])
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(math.ceil(cpu_cache_gib)))
-    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")  # the trainer waits while the engine works
+    defaults = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(cpu_cache_gib)),
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # the trainer waits while the engine works
+    }
     if len(os.fsencode(folder)) + SOCKET <= LONGEST:
-        os.environ.setdefault("VLLM_RPC_BASE_PATH", str(folder))
+        defaults["VLLM_RPC_BASE_PATH"] = str(folder)
+    given = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    given["PYTHONPATH"] = os.pathsep.join([packages, *filter(None, [os.environ.get("PYTHONPATH")])])
     if devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible(devices, own.get("CUDA_VISIBLE_DEVICES"))
-    for name in (*TORCHRUN, *(name for name in own if name.startswith("TORCHELASTIC_"))):
-        os.environ.pop(name, None)  # vLLM would take this job's ranks for its own
+        given["CUDA_VISIBLE_DEVICES"] = visible(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    # vLLM would take this job's ranks for its own
+    taken = {*TORCHRUN, *(name for name in os.environ if name.startswith("TORCHELASTIC_"))}
+    own = {name: os.environ.get(name) for name in (*given, *taken, *FROM_VLLM)}
+    put(given | dict.fromkeys(taken))
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(own)
+        put(own)
+
+
+def put(values: Mapping[str, str | None]) -> None:
+    """Into the environment; None: out of it."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
