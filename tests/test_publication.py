@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -147,23 +147,24 @@ def test_merged_adapters_can_be_opened_until_they_are_delivered():
 class Runner:
     """The part of vLLM's model runner that a receiver uses, over a transformers model."""
 
-    def __init__(self, keep: str = "") -> None:
-        self.model, self.keep = tiny_llama(32, seed=1), keep
+    def __init__(self) -> None:
+        self.model = tiny_llama(32, seed=1)
 
     def get_model(self) -> torch.nn.Module:
         return self.model
 
-    def reload_weights(self, weights_iterator) -> None:
-        own = dict(self.model.named_parameters())
+
+class Worker(Receiver):
+    """vLLM's worker with the extension; it does not take the parameter `keep`."""
+
+    def __init__(self, keep: str = "") -> None:
+        self.model_runner, self.keep = Runner(), keep
+
+    def reload_weights(self, weights_iterator: Iterable[tuple[str, Tensor]]) -> None:
+        own = dict(self.model_runner.model.named_parameters())
         for name, tensor in weights_iterator:
             if name != self.keep:
                 own[name].data.copy_(tensor)
-
-
-def worker(keep: str = "") -> Receiver:
-    made = Receiver()
-    made.model_runner = Runner(keep)
-    return made
 
 
 def deliver(message: Message, to: Receiver) -> None:
@@ -187,7 +188,7 @@ def publisher(learner):
 
 
 def test_a_worker_ends_with_the_learners_weights_and_their_version(learner, publisher):
-    here = worker()
+    here = Worker()
     for version in range(3):
         deliver(publisher.prepare(moved(learner, version), version), here)
         assert here.otcrl_state() == {"version": version}
@@ -196,7 +197,7 @@ def test_a_worker_ends_with_the_learners_weights_and_their_version(learner, publ
 
 
 def test_a_damaged_parameter_is_named_and_nothing_is_loaded(learner, publisher):
-    here = worker()
+    here = Worker()
     deliver(publisher.prepare(learner.named_parameters(), 0), here)
     message = publisher.prepare(moved(learner, 1), 1)
     flip(Manifest.of(message.content), "model.layers.1.mlp.up_proj.weight")
@@ -221,14 +222,14 @@ def test_an_unknown_parameter_and_another_shape_are_named(learner, publisher):
 
 
 def test_a_parameter_that_the_engine_did_not_take_is_named(learner, publisher):
-    here = worker(keep="model.layers.1.self_attn.o_proj.weight")
+    here = Worker(keep="model.layers.1.self_attn.o_proj.weight")
     deliver(publisher.prepare(learner.named_parameters(), 0), here)
     with pytest.raises(EngineError, match=r"kept the old values of model\.layers\.1\.self_attn\.o_proj\.weight when 1"):
         deliver(publisher.prepare(moved(learner, 1), 1), here)
 
 
 def test_a_parameter_that_the_learner_did_not_change_may_stay(learner, publisher):
-    here = worker()
+    here = Worker()
     deliver(publisher.prepare(learner.named_parameters(), 0), here)
     deliver(publisher.prepare(learner.named_parameters(), 1), here)
 
@@ -236,7 +237,7 @@ def test_a_parameter_that_the_learner_did_not_change_may_stay(learner, publisher
 def test_an_update_too_small_for_the_engines_type_is_no_parameter_that_was_kept(learner, publisher):
     """A learner in float32 moves its weights by less than bfloat16 can tell; a larger update must still arrive."""
     name = "model.layers.1.self_attn.o_proj.weight"
-    here, keeping = worker(), worker(keep=name)
+    here, keeping = Worker(), Worker(keep=name)
     for each in (here, keeping):
         each.model_runner.model.to(torch.bfloat16)
     for version, by in enumerate((0.0, 1e-6, 1.0)):
@@ -255,18 +256,18 @@ def test_an_update_too_small_for_the_engines_type_is_no_parameter_that_was_kept(
 
 
 def test_a_worker_that_answers_before_it_has_loaded_is_found_out(learner, publisher):
-    class Late(Receiver):
+    class Late(Worker):
         def _otcrl_load(self, weights, version, types):
             return {"version": self.otcrl_version, "damaged": [], "unchanged": []}
 
     here = Late()
-    here.model_runner, here.otcrl_version = Runner(), 0
+    here.otcrl_version = 0
     with pytest.raises(EngineError, match="worker 0 has weights of version 0, and 1 was published"):
         deliver(publisher.prepare(learner.named_parameters(), 1), here)
 
 
 def test_the_file_of_an_earlier_version_is_not_taken_for_the_new_one(learner, publisher):
-    here, old = worker(), Publisher(learner, by_handle=False)
+    here, old = Worker(), Publisher(learner, by_handle=False)
     stale = old.prepare(learner.named_parameters(), 1)
     fresh = publisher.prepare(moved(learner, 1), 2)
     with pytest.raises(EngineError, match="version 2 reached worker 0 damaged: model"):
@@ -290,7 +291,7 @@ def test_a_split_model_goes_by_file_and_no_more_than_a_layer_of_it_is_whole(lear
         for name in names:
             learner.get_parameter(name).data = torch.empty(0)
 
-    publisher, here = Publisher(learner, by_handle=True), worker()
+    publisher, here = Publisher(learner, by_handle=True), Worker()
     deliver(publisher.prepare(Layers(list(published(learner)), gather), 3), here)
     assert all(torch.equal(p, whole[name]) for name, p in here.model_runner.model.named_parameters())
     assert max(map(len, at_once)) == 9  # what a layer of this model has
@@ -299,11 +300,11 @@ def test_a_split_model_goes_by_file_and_no_more_than_a_layer_of_it_is_whole(lear
 
 
 def test_an_engine_that_lost_its_weights_gets_them_again_though_the_learner_went_on(learner, publisher):
-    deliver(publisher.prepare(learner.named_parameters(), 4), worker())
+    deliver(publisher.prepare(learner.named_parameters(), 4), Worker())
     published = [p.clone() for p in learner.parameters()]
     for parameter in learner.parameters():
         parameter.data += 1
-    here, message = worker(), publisher.again()
+    here, message = Worker(), publisher.again()
     assert message is not None
     deliver(message, here)
     assert here.otcrl_state() == {"version": 4}

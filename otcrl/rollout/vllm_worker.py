@@ -29,6 +29,7 @@ class Receiver:
 
     model_runner: Any
     vllm_config: Any
+    reload_weights: Any  # the worker's, not its runner's: it says which configuration is current (from 0.27.1)
     otcrl_version = -1  # of the weights that are loaded; -1: those the engine came with
     _otcrl_before: Mapping[str, str] = MappingProxyType({})
     _otcrl_limit = threading.Timer(0, lambda: None)  # until what is to come must have arrived
@@ -108,7 +109,7 @@ class Receiver:
         self, weights: Iterator[tuple[str, Tensor]], version: int, types: Collection[str]
     ) -> dict[str, Any]:
         self.otcrl_remember()
-        self.model_runner.reload_weights(weights_iterator=weights)
+        self.reload_weights(weights_iterator=weights)
         repack(self.model_runner.get_model())
         return self.otcrl_arrived(version, types)
 
