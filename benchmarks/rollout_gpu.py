@@ -10,6 +10,7 @@ import asyncio
 import multiprocessing
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -65,8 +66,9 @@ def plain(work: Gpu, prompts: Sequence[list[int]], as_in_training: bool) -> floa
 
 
 def in_process(work: Gpu, prompts: Sequence[list[int]], as_in_training: bool) -> float:
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return pool.apply(plain, (work, prompts, as_in_training))
+    """Not in a multiprocessing.Pool: its workers may have no children, and vLLM needs some."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(plain, work, prompts, as_in_training).result()
 
 
 def make(work: Gpu) -> tuple[Finishes, PreTrainedModel, Endless]:
