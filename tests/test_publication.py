@@ -255,6 +255,16 @@ def test_an_update_too_small_for_the_engines_type_is_no_parameter_that_was_kept(
     same_type.close()
 
 
+def test_weights_in_eight_bits_may_stay_and_so_may_their_scales(learner, publisher):
+    """vLLM quantizes as it loads; the largest weight, and with it the scale, may round to what it was."""
+    here = Worker()
+    norm = here.model_runner.model.model.norm
+    norm.weight = torch.nn.Parameter(norm.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    norm.weight_scale = torch.nn.Parameter(torch.ones(1))
+    for version, by in enumerate((0.0, 1e-6)):
+        deliver(publisher.prepare(moved(learner, by), version), here)
+
+
 def test_a_worker_that_answers_before_it_has_loaded_is_found_out(learner, publisher):
     class Late(Worker):
         def _otcrl_load(self, weights, version, types):

@@ -73,7 +73,9 @@ class Receiver:
         A parameter of a narrower type than that may be what it was after a small update, by rounding.
         """
         self._otcrl_limit.cancel()
-        exact = ((name, p) for name, p in self._otcrl_parameters() if all(holds(p.dtype, sent) for sent in types))
+        here = dict(self._otcrl_parameters())
+        rounds = {module_of(name) for name, p in here.items() if not all(holds(p.dtype, sent) for sent in types)}
+        exact = [(name, p) for name, p in here.items() if module_of(name) not in rounds]  # its scales may stay, too
         unchanged = [name for name, p in exact if self._otcrl_before.get(name) == fingerprint(p)]
         self.otcrl_version = version
         return {"version": version, "damaged": [], "unchanged": unchanged}
@@ -121,7 +123,14 @@ class Receiver:
 
 def holds(dtype: torch.dtype, sent: str) -> bool:
     """Whether it holds every number of the type `sent`, e.g. "float32"."""
-    return torch.promote_types(dtype, getattr(torch, sent)) == dtype
+    try:
+        return torch.promote_types(dtype, getattr(torch, sent)) == dtype
+    except RuntimeError:  # there is no such type, as for float8 and bfloat16
+        return False
+
+
+def module_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
 
 
 def repack(model: torch.nn.Module) -> None:
