@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -157,8 +158,9 @@ class Runner:
 class Worker(Receiver):
     """vLLM's worker with the extension; it does not take the parameter `keep`."""
 
-    def __init__(self, keep: str = "") -> None:
+    def __init__(self, keep: str = "", load_format: str = "auto") -> None:
         self.model_runner, self.keep = Runner(), keep
+        self.vllm_config = SimpleNamespace(load_config=SimpleNamespace(load_format=load_format))
 
     def reload_weights(self, weights_iterator: Iterable[tuple[str, Tensor]]) -> None:
         own = dict(self.model_runner.model.named_parameters())
@@ -226,6 +228,23 @@ def test_a_parameter_that_the_engine_did_not_take_is_named(learner, publisher):
     deliver(publisher.prepare(learner.named_parameters(), 0), here)
     with pytest.raises(EngineError, match=r"kept the old values of model\.layers\.1\.self_attn\.o_proj\.weight when 1"):
         deliver(publisher.prepare(moved(learner, 1), 1), here)
+
+
+def test_a_parameter_that_was_never_taken_is_named_at_the_first_publication_already(learner, publisher):
+    """vLLM has made it up, or dropped it to sleep; nothing is known yet about what the learner changed."""
+    name = "model.layers.1.self_attn.o_proj.weight"
+    here = Worker(keep=name, load_format="dummy")
+    message = publisher.prepare(moved(learner, 1), 0)
+    for _ in range(2):  # also when it is tried again
+        with pytest.raises(EngineError, match=f"worker 0 has not taken {name.replace('.', '[.]')}: vLLM has no value"):
+            deliver(message, here)
+    here.keep = ""
+    deliver(message, here)
+    here.keep = name
+    deliver(publisher.prepare(moved(learner, 1), 1), here)  # the same as before
+    here.otcrl_forget()
+    with pytest.raises(EngineError, match=f"worker 0 has not taken {name.replace('.', '[.]')}: vLLM has no value"):
+        deliver(publisher.prepare(moved(learner, 1), 2), here)
 
 
 def test_a_parameter_that_the_learner_did_not_change_may_stay(learner, publisher):

@@ -375,9 +375,9 @@ class Sleeper:
     async def wake_up(self, tags: list[str]) -> None:
         self._hear(f"wake {tags[0]}")
 
-    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
         self._hear(method)
-        return [{"version": args[0]["version"], "damaged": [], "unchanged": []}]
+        return [{"version": args[0]["version"], "damaged": [], "unchanged": []}] if args else []
 
     async def reset_prefix_cache(self) -> None:
         self._hear("reset")
@@ -408,7 +408,7 @@ def test_vllm_takes_memory_only_when_the_learner_has_given_it_back():
     asyncio.run(main())
     assert llm.heard == [
         *["pause abort", "sleep 2"],
-        *["pause abort", "give back", "wake weights", "otcrl_load_file", "give back", "wake kv_cache"],
+        *["pause abort", "give back", "wake weights", "otcrl_forget", "otcrl_load_file", "give back", "wake kv_cache"],
         *["reset", "resume"],
     ]
 
@@ -472,7 +472,7 @@ class Reader(Talker):
         super().__init__(dies=dies)
         self.learner, self.damaged = learner, damaged
 
-    async def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[dict[str, Any]]:
+    async def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
         reports = await super().collective_rpc(method, args)
         self.learner()
         return [report | {"damaged": self.damaged} for report in reports]

@@ -128,6 +128,9 @@ def check_delivery(reports: Sequence[Mapping[str, Any]], message: Message) -> No
             raise EngineError(
                 f"worker {number} has weights of version {report['version']}, and {message.version} was published"
             )
+        if blank := report.get("blank"):
+            names = ", ".join(blank[:5])
+            raise EngineError(f"worker {number} has not taken {names}: vLLM has no value there but a made up one")
         if message.all_changed and report["unchanged"]:
             names = ", ".join(report["unchanged"][:5])
             raise EngineError(f"worker {number} kept the old values of {names} when {message.version} was published")

@@ -221,6 +221,8 @@ class VLLMEngine:
         if self._sleeps and await llm.is_sleeping():
             self._give_back_memory()
             await llm.wake_up(tags=["weights"])
+            if self.sleep_level == 2:
+                await llm.collective_rpc("otcrl_forget")
         check_delivery(await llm.collective_rpc(message.method, args=(message.content,)), message)
         self._publisher.delivered()
         if self._sleeps:

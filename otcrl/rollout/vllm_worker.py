@@ -22,6 +22,7 @@ EXTENSION = "otcrl.rollout.vllm_worker.Receiver"
 CHUNK = 2**24  # words that are summed at a time
 LEAVE_S = 5.0
 LEAVING = threading.Lock()  # a group that is destroyed twice crashes
+BLANK = 0.1875  # no parameter of a trained model has this value alone, and every floating type can hold it
 
 
 class Receiver:
@@ -33,12 +34,13 @@ class Receiver:
     otcrl_version = -1  # of the weights that are loaded; -1: those the engine came with
     _otcrl_before: Mapping[str, str] = MappingProxyType({})
     _otcrl_limit = threading.Timer(0, lambda: None)  # until what is to come must have arrived
+    _otcrl_blank: Mapping[str, str] | None = None  # what its parameters are while they have no value; None: unknown yet
 
     def otcrl_load_file(self, manifest: Mapping[str, Any]) -> dict[str, Any]:
         """Weights from a snapshot on this machine. Nothing is loaded if a parameter was damaged on its way."""
         source = Manifest.of(manifest)
         if broken := list(damaged(source)):
-            return {"version": self.otcrl_version, "damaged": broken, "unchanged": []}
+            return {"version": self.otcrl_version, "damaged": broken, "unchanged": [], "blank": []}
         return self._otcrl_load(read(source), source.version, {entry.dtype for entry in source.entries})
 
     def otcrl_load_handles(self, handles: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +48,7 @@ class Receiver:
         tensors = dict(device_handles.opened(handles["tensors"]))
         digests = {name: fingerprint(tensor) for name, tensor in tensors.items()}
         if broken := [name for name, expected in handles["digests"].items() if digests.get(name) != expected]:
-            return {"version": self.otcrl_version, "damaged": broken, "unchanged": []}
+            return {"version": self.otcrl_version, "damaged": broken, "unchanged": [], "blank": []}
         types = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()}
         return self._otcrl_load(iter(tensors.items()), handles["version"], types)
 
@@ -66,6 +68,13 @@ class Receiver:
             self._otcrl_limit = threading.Timer(limit_s, self.otcrl_leave)
             self._otcrl_limit.daemon = True
             self._otcrl_limit.start()
+        if self._otcrl_blank is None:  # made up by vLLM, with `--load-format dummy`
+            self._otcrl_blank = self._otcrl_before if self.vllm_config.load_config.load_format == "dummy" else {}
+
+    def otcrl_forget(self) -> None:
+        """The weights were dropped (sleep level 2): one that does not come again shall not pass for what it was."""
+        wide = {name: p for name, p in self._otcrl_parameters() if p.is_floating_point() and p.itemsize > 1}
+        self._otcrl_blank = {name: fingerprint(p.fill_(BLANK)) for name, p in wide.items()}
 
     def otcrl_arrived(self, version: int, types: Collection[str]) -> dict[str, Any]:
         """Weights have come since `otcrl_remember`, and are this version. `types`: theirs, as they were sent.
@@ -74,11 +83,16 @@ class Receiver:
         """
         self._otcrl_limit.cancel()
         here = dict(self._otcrl_parameters())
+        now, blank = {name: fingerprint(p) for name, p in here.items()}, self._otcrl_blank or {}
         rounds = {module_of(name) for name, p in here.items() if not all(holds(p.dtype, sent) for sent in types)}
-        exact = [(name, p) for name, p in here.items() if module_of(name) not in rounds]  # its scales may stay, too
-        unchanged = [name for name, p in exact if self._otcrl_before.get(name) == fingerprint(p)]
+        exact = [name for name in here if module_of(name) not in rounds]  # its scales may stay, too
         self.otcrl_version = version
-        return {"version": version, "damaged": [], "unchanged": unchanged}
+        return {
+            "version": version,
+            "damaged": [],
+            "unchanged": [name for name in exact if self._otcrl_before.get(name) == now[name]],
+            "blank": [name for name in here if blank.get(name) == now[name]],
+        }
 
     def otcrl_leave(self) -> None:
         """The group in which weights came by NCCL is over; vLLM would keep it, and join the next one beside it."""
