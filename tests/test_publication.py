@@ -158,9 +158,12 @@ class Runner:
 class Worker(Receiver):
     """vLLM's worker with the extension; it does not take the parameter `keep`."""
 
-    def __init__(self, keep: str = "", load_format: str = "auto") -> None:
+    def __init__(self, keep: str = "", load_format: str = "auto", dtype: torch.dtype = torch.float32) -> None:
         self.model_runner, self.keep = Runner(), keep
-        self.vllm_config = SimpleNamespace(load_config=SimpleNamespace(load_format=load_format))
+        self.model_runner.model.to(dtype)
+        self.vllm_config = SimpleNamespace(
+            load_config=SimpleNamespace(load_format=load_format), model_config=SimpleNamespace(dtype=dtype)
+        )
 
     def reload_weights(self, weights_iterator: Iterable[tuple[str, Tensor]]) -> None:
         own = dict(self.model_runner.model.named_parameters())
@@ -253,25 +256,41 @@ def test_a_parameter_that_the_learner_did_not_change_may_stay(learner, publisher
     deliver(publisher.prepare(learner.named_parameters(), 1), here)
 
 
-def test_an_update_too_small_for_the_engines_type_is_no_parameter_that_was_kept(learner, publisher):
+def test_an_update_too_small_for_the_engines_type_is_no_parameter_that_was_kept(learner):
     """A learner in float32 moves its weights by less than bfloat16 can tell; a larger update must still arrive."""
     name = "model.layers.1.self_attn.o_proj.weight"
-    here, keeping = Worker(), Worker(keep=name)
-    for each in (here, keeping):
-        each.model_runner.model.to(torch.bfloat16)
-    for version, by in enumerate((0.0, 1e-6, 1.0)):
+    publisher = Publisher(learner, by_handle=False, dtype=torch.bfloat16)
+    here, keeping = (Worker(keep=keep, dtype=torch.bfloat16) for keep in ("", name))
+    for version, by in enumerate((0.0, 1e-9, 1.0)):
         message = publisher.prepare(moved(learner, by), version)
-        assert message.all_changed == (version > 0)
         deliver(message, here)
-    same_type = Publisher(learner.to(torch.bfloat16), by_handle=False)
-    for version, by in enumerate((0.0, 1.0)):
-        message = same_type.prepare(moved(learner, by), version)
-        if version:
-            with pytest.raises(EngineError, match=f"kept the old values of {name}"):
-                deliver(message, keeping)
-        else:
+        if version < 2:
             deliver(message, keeping)
-    same_type.close()
+        else:
+            with pytest.raises(EngineError, match=f"worker 0 kept the old values of {name} when 2 was published"):
+                deliver(message, keeping)
+    publisher.close()
+
+
+def test_each_parameter_that_changed_must_change_in_the_engine_though_others_did_not(learner, publisher):
+    """Such as norms, which an update moves by less than their type can tell."""
+    name = "model.layers.1.self_attn.o_proj.weight"
+    here = Worker(keep=name)
+    deliver(publisher.prepare(learner.named_parameters(), 0), here)
+    some = [(own, p + 1 if own in (name, "model.norm.weight") else p) for own, p in learner.named_parameters()]
+    with pytest.raises(EngineError, match=f"worker 0 kept the old values of {name} when 1 was published"):
+        deliver(publisher.prepare(some, 1), here)
+
+
+def test_what_vllm_joins_changes_when_its_parts_have_and_a_part_of_a_split_one_may_stay():
+    parts = {f"layers.0.mlp.{name}_proj.weight": True for name in ("gate", "up", "down")}
+    joined = "layers.0.mlp.gate_up_proj.weight"
+    report = {"version": 1, "damaged": [], "unchanged": [joined, "norm.weight"]}
+    with pytest.raises(EngineError, match=f"all workers kept the old values of {joined} when 1 was published"):
+        check_delivery([report] * 2, Message("", {}, 1, False, {**parts, "norm.weight": False}))
+    some = Message("", {}, 1, False, {**parts, "norm.weight": False, "layers.0.mlp.up_proj.weight": False})
+    check_delivery([report] * 2, some)
+    check_delivery([report, {**report, "unchanged": []}], Message("", {}, 1, True, parts))
 
 
 def test_weights_in_eight_bits_may_stay_and_so_may_their_scales(learner, publisher):

@@ -601,7 +601,7 @@ def test_under_torchrun_each_rank_has_its_own_gpu_and_no_other(setting, value, m
     engine = SimpleNamespace(
         model=SimpleNamespace(device=torch.device("cuda", 0), config=fresh_model().config), transport="auto",
         context=16, max_sequences=1, batch_tokens=16, tensor_parallel=1, devices=None, gpu_memory=0.5, cpu_cache_gib=1,
-        start_timeout_s=1, sync_timeout_s=1, max_deaths=0,
+        dtype=None, start_timeout_s=1, sync_timeout_s=1, max_deaths=0,
     )  # fmt: skip
     check_settings(cast(VLLMEngine, engine))
     setattr(engine, setting, value)
@@ -621,6 +621,7 @@ def test_under_torchrun_each_rank_has_its_own_gpu_and_no_other(setting, value, m
         ({"options": {"logprobs_mode": "raw_logprobs"}}, "options.logprobs_mode is set by otcrl itself"),
         ({"options": {"data_parallel_size": 2}}, "options.data_parallel_size is set by otcrl itself"),
         ({"gpu_memory": 1.5}, "gpu_memory must be a share"),
+        ({"dtype": "auto"}, "dtype must be null or one of float32, bfloat16, float16, got 'auto'"),
         ({"max_deaths": -1}, "max_deaths must be at least 0"),
     ],
 )

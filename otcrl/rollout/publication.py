@@ -8,17 +8,18 @@ those of a split model (ZeRO-3), of which the GPU never holds more than a layer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from otcrl.errors import EngineError, nearest
 from otcrl.models.published import is_split, published
 from otcrl.rollout.device_handles import Lender
 from otcrl.rollout.snapshot import Snapshot
-from otcrl.rollout.vllm_worker import fingerprint
+from otcrl.rollout.vllm_worker import fingerprint, holds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,21 +33,30 @@ class Message:
     content: Mapping[str, Any]
     version: int
     all_changed: bool  # no parameter has the value it was published with before
+    changed: Mapping[str, bool] = field(default_factory=dict)  # the same of each, in the engine's type; empty: unknown
 
 
 class Publisher:
-    def __init__(self, model: PreTrainedModel, *, by_handle: bool, folder: Path | None = None) -> None:
-        """`model` has the names and shapes that every set of weights must have. `folder` null: main memory."""
+    def __init__(
+        self, model: PreTrainedModel, *, by_handle: bool, folder: Path | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """`model` has the names and shapes that every set of weights must have. `folder` null: main memory.
+
+        `dtype`: the engine's, if it is not the model's.
+        """
         self._model, self._by_handle, self._folder = model, by_handle, folder
         self._snapshot = None if by_handle else Snapshot(folder)
         self._lender = Lender()
+        self._dtype = dtype or model.dtype
         self._digests: dict[str, str] = {}  # of the weights prepared last
+        self._rounded: dict[str, str] = {}  # the same in the engine's type, of those that it rounds
         self._version = 0
 
     def prepare(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Message:
         """Raises EngineError naming a parameter that is missing, unknown or of another shape."""
-        checked = check_names(weights, self._model)
-        before, self._version = self._digests, version
+        checked = self._rounding(check_names(weights, self._model))
+        before = self._digests and self._digests | self._rounded
+        self._rounded, self._version = {}, version
         if self._snapshot is None and is_split(self._model):
             self._snapshot = Snapshot(self._folder)
         if self._snapshot is not None:
@@ -58,8 +68,16 @@ class Publisher:
             found = list(checked)
             self._digests = {name: fingerprint(tensor.detach()) for name, tensor in found}
             method, content = "otcrl_load_handles", self._handles(found, version)
-        all_changed = bool(before) and all(before.get(name) != digest for name, digest in self._digests.items())
-        return Message(method, content, version, all_changed)
+        now = self._digests | self._rounded
+        changed = {name: before.get(name) != digest for name, digest in now.items()} if before else {}
+        return Message(method, content, version, bool(changed) and all(changed.values()), changed)
+
+    def _rounding(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The same as they come. An update that is rounded away changes nothing in the engine."""
+        for name, tensor in weights:
+            if not holds(self._dtype, str(tensor.dtype).removeprefix("torch.")):
+                self._rounded[name] = fingerprint(tensor.detach().to(self._dtype))
+            yield name, tensor
 
     def again(self) -> Message | None:
         """The same weights for an engine that lost them; None when the learner has already changed them in place.
@@ -131,6 +149,19 @@ def check_delivery(reports: Sequence[Mapping[str, Any]], message: Message) -> No
         if blank := report.get("blank"):
             names = ", ".join(blank[:5])
             raise EngineError(f"worker {number} has not taken {names}: vLLM has no value there but a made up one")
-        if message.all_changed and report["unchanged"]:
-            names = ", ".join(report["unchanged"][:5])
-            raise EngineError(f"worker {number} kept the old values of {names} when {message.version} was published")
+    if not reports:
+        return
+    # of a parameter that is split among them each has a part, and that may well be what it was
+    unchanged = set.intersection(*(set(report["unchanged"]) for report in reports))
+    if kept := sorted(name for name in unchanged if must_change(name, message)):
+        who, names = "worker 0" if len(reports) == 1 else "all workers", ", ".join(kept[:5])
+        raise EngineError(f"{who} kept the old values of {names} when {message.version} was published")
+
+
+def must_change(name: str, message: Message) -> bool:
+    """Of the engine's parameter. vLLM joins some: a name that the learner has not changes if all of its module do."""
+    if name in message.changed:
+        return message.changed[name]
+    module = name.rpartition(".")[0].rpartition(".")[0] + "."
+    parts = [changed for own, changed in message.changed.items() if own.startswith(module)]
+    return all(parts) if parts else message.all_changed

@@ -88,7 +88,8 @@ class VLLMEngine:
         self._folder = OwnFolder()
         folder = Path(self.weights_dir) if self.weights_dir else None
         by_handle = on_gpu and (self.transport == "ipc" or (self.transport == "auto" and self._sees_learner()))
-        self._publisher = Publisher(self.model, by_handle=by_handle, folder=folder)
+        dtype = getattr(torch, self.dtype) if self.dtype else None
+        self._publisher = Publisher(self.model, by_handle=by_handle, folder=folder, dtype=dtype)
         self._gate, self._common = Gate(), Common()  # a start or a revival
         self._has_begun = False  # to be given weights: from then on they come from the learner alone
         self._in_flight: set[str] = set()  # requests that vLLM has

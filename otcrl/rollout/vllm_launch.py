@@ -30,6 +30,7 @@ FIRST, LAST = (0, 20), (0, 33)  # versions of vLLM whose interfaces otcrl knows
 FOLDER, OWNED = "otcrl-vllm-", "owned"  # names: of an engine's folder, and of the file in it that its owner holds
 SOCKET = 1 + 36  # characters of the name of vLLM's sockets in their folder
 LONGEST = 107  # path of a socket
+DTYPES = ("float32", "bfloat16", "float16")
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 FROM_VLLM = (
     "LD_PRELOAD",
@@ -67,6 +68,8 @@ def check_settings(engine: VLLMEngine) -> None:
     for name in ("cpu_cache_gib", "start_timeout_s", "sync_timeout_s"):
         if not getattr(engine, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(engine, name)}")
+    if engine.dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype must be null or one of {', '.join(DTYPES)}, got {engine.dtype!r}")
     if engine.max_deaths < 0:
         raise ValueError(f"max_deaths must be at least 0, got {engine.max_deaths}")
     device = engine.model.device
