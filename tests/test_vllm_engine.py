@@ -24,6 +24,7 @@ from otcrl import dist
 from otcrl.errors import EngineError
 from otcrl.models.policy import token_logprobs
 from otcrl.protocols import Completion
+from otcrl.rollout import vllm_engine
 from otcrl.rollout.publication import Publisher
 from otcrl.rollout.submission import before_half_stop
 from otcrl.rollout.vllm_engine import VLLMEngine
@@ -460,6 +461,34 @@ def test_a_start_and_a_revival_outlive_the_trajectory_that_asked_for_them():
         assert (await ask(30)).token_ids == [5]
         assert made == ["give back", "vLLM", "give back", "vLLM"], "the learner's cache first, and no third one"
         assert engine.deaths == 1
+        await engine.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_revival_that_fails_beside_the_learner_is_tried_again_and_a_first_start_is_not(monkeypatch):
+    monkeypatch.setattr(vllm_engine, "AGAIN_S", 0.01)
+
+    async def main() -> None:
+        engine, failed = make(fresh_model(), max_deaths=1), RuntimeError("Engine core initialization failed")
+        for starts, expected in (([failed], "did not start: Engine core"), ([Talker(dies="generate"), failed], "")):
+            starts += [failed, Talker()]
+
+            def construct(folder: Path, starts: list[Any] = starts) -> Talker:
+                if isinstance(made := starts.pop(0), Exception):
+                    raise made
+                return made
+
+            engine._construct = construct  # pyright: ignore[reportAttributeAccessIssue]
+            asked = engine.generate(PROMPT, session="s", stop=(), max_tokens=1, temperature=1.0, seed=1)
+            if expected:
+                with pytest.raises(EngineError, match=expected):
+                    await asked
+                assert len(starts) == 2, "a setting may be wrong: nobody waits for that again and again"
+                engine._has_begun = False
+            else:
+                assert (await asked).token_ids == [5]
+                assert not starts
         await engine.close()
 
     asyncio.run(asyncio.wait_for(main(), 60))

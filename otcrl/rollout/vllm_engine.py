@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 
     from otcrl.models.tokenizer import HFTokenizer
 
+STARTS = 4  # of one revival, at most
+AGAIN_S = 10.0  # after the first that failed; twice and three times as long after the next
+
 
 @dataclass(kw_only=True)
 class VLLMEngine:
@@ -283,15 +286,29 @@ class VLLMEngine:
         self._give_back_memory()
         folder = self._folder.path
         save_description(folder, self.model, self.tokenizer)
-        before = set(multiprocessing.active_children())
         try:
             async with asyncio.timeout(self.start_timeout_s):
-                self._llm = await in_daemon_thread(lambda: self._construct(folder), "vLLM starts")
+                self._llm = await self._constructed(folder)
         except TimeoutError as error:
             raise EngineError(f"vLLM did not start within engine.start_timeout_s={self.start_timeout_s:g} s") from error
         except (RuntimeError, ValueError) as error:
             raise EngineError(f"vLLM did not start: {error}") from error
-        self._processes = [p for p in multiprocessing.active_children() if p not in before]
+
+    async def _constructed(self, folder: Path) -> AsyncLLM:
+        """A revival may try again: vLLM gives up when a learner on its GPU frees memory while it measures its own."""
+        for start in itertools.count(1):
+            before = set(multiprocessing.active_children())
+            try:
+                llm = await in_daemon_thread(lambda: self._construct(folder), "vLLM starts")
+                self._processes = [p for p in multiprocessing.active_children() if p not in before]
+                return llm
+            except RuntimeError as error:  # a setting that cannot work would have shown at the first start
+                if not self.deaths or start == STARTS:
+                    raise
+                tell(f"vLLM did not start ({error}); trying again", sys.stdout)
+            await asyncio.sleep(start * AGAIN_S)
+            self._give_back_memory()
+        raise AssertionError("it has returned or raised")
 
     def _construct(self, folder: Path) -> AsyncLLM:
         devices = devices_of_rank(self.devices, self.model.device.type == "cuda")
