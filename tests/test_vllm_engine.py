@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar, cast
@@ -350,8 +351,9 @@ def test_an_engine_that_dies_while_it_is_given_weights_is_started_again_and_give
 class Sleeper:
     """As much of vLLM as is asked when it shares a GPU with the learner."""
 
-    def __init__(self, fails: str = "", dies: str = "") -> None:
+    def __init__(self, fails: str = "", dies: str = "", refuses: int = 0) -> None:
         self.heard: list[str] = []
+        self.refuses = refuses  # how often to empty its prefix cache
         self.asleep, self.fails, self.dies = False, fails, dies
 
     def _hear(self, what: str) -> None:
@@ -380,8 +382,9 @@ class Sleeper:
         self._hear(method)
         return [{"version": args[0]["version"], "damaged": [], "unchanged": []}] if args else []
 
-    async def reset_prefix_cache(self) -> None:
+    async def reset_prefix_cache(self) -> bool:
         self._hear("reset")
+        return self.heard.count("reset") > self.refuses
 
     async def resume_generation(self) -> None:
         self._hear("resume")
@@ -425,6 +428,20 @@ def test_what_a_worker_cannot_do_is_said_in_its_words_to_all_who_wait():
         await engine.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("refuses", "ends"), [(2, False), (1000, True)], ids=["for a moment", "for good"])
+def test_nothing_is_sampled_from_prefixes_of_other_weights(refuses, ends):
+    llm = Sleeper(refuses=refuses)
+
+    async def main() -> None:
+        engine = sharing(llm)
+        with pytest.raises(EngineError, match="did not empty its prefix cache") if ends else nullcontext():
+            await engine.load_weights(engine.model.named_parameters(), 1)
+        await engine.close()
+
+    asyncio.run(main())
+    assert ("resume" in llm.heard) is not ends
 
 
 class Talker(Sleeper):

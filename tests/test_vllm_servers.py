@@ -9,6 +9,7 @@ import re
 import signal
 import urllib.request
 from collections.abc import Coroutine, Iterator
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import pytest
@@ -362,6 +363,29 @@ def test_a_server_that_was_started_otherwise_is_told_how(otherwise, expected):
 
     with served(pretends(**otherwise)) as url, pytest.raises(EngineError, match=f"{url}.* {re.escape(expected)}"):
         asyncio.run(start(url))
+
+
+@pytest.mark.parametrize(("refuses", "ends"), [(2, False), (1000, True)], ids=["for a moment", "for good"])
+def test_a_server_with_prefixes_of_other_weights_does_not_go_on(refuses, ends):
+    app, asked = pretends(), list[str]()
+
+    @app.post("/reset_prefix_cache")
+    def reset() -> dict[str, bool]:
+        asked.append("reset")
+        return {"success": len(asked) > refuses}
+
+    app.post("/resume")(lambda: asked.append("resume"))
+
+    async def go_on(url: str) -> None:
+        engine = make([url], fresh_model())
+        try:
+            await engine._go_on(engine._fleet.servers[0])
+        finally:
+            await engine.close()
+
+    with served(app) as url, pytest.raises(EngineError, match="its prefix cache") if ends else nullcontext():
+        asyncio.run(go_on(url))
+    assert ("resume" in asked) is not ends
 
 
 def test_without_the_extension_a_server_is_told_so(tmp_path):

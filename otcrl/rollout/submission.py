@@ -15,6 +15,8 @@ from typing import Any
 from otcrl.errors import EngineError
 from otcrl.protocols import Completion, Tokenizer
 
+RESETS, RESET_S = 20, 0.1  # tries to empty the prefix cache after a publication, and seconds between them
+
 
 @dataclass(frozen=True, slots=True)
 class Part:

@@ -33,7 +33,7 @@ from otcrl.protocols import Completion
 from otcrl.rollout.daemon import in_daemon_thread
 from otcrl.rollout.gate import LOOK_S, Common, Gate, deadline
 from otcrl.rollout.publication import Message, Publisher, check_delivery
-from otcrl.rollout.submission import Part, check_request, complete, sampling
+from otcrl.rollout.submission import RESET_S, RESETS, Part, check_request, complete, sampling
 from otcrl.rollout.vllm_launch import (
     OwnFolder,
     arguments,
@@ -232,8 +232,16 @@ class VLLMEngine:
         if self._sleeps:
             self._give_back_memory()
             await llm.wake_up(tags=["kv_cache"])
-        await llm.reset_prefix_cache()  # what was computed with other weights
+        await self._drop_prefixes(llm)
         await llm.resume_generation()
+
+    async def _drop_prefixes(self, llm: AsyncLLM) -> None:
+        """What was computed with other weights. vLLM refuses while a request that was ended still holds blocks."""
+        for _ in range(RESETS):
+            if await llm.reset_prefix_cache():
+                return
+            await asyncio.sleep(RESET_S)
+        raise EngineError("vLLM did not empty its prefix cache: it says that what old weights computed is still in use")
 
     def _give_back_memory(self) -> None:
         """What the learner freed but torch keeps for it, and what was lent by handle: vLLM takes it for itself."""
