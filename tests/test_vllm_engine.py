@@ -447,8 +447,13 @@ def test_nothing_is_sampled_from_prefixes_of_other_weights(refuses, ends):
 class Talker(Sleeper):
     """It says one token, or dies of the question."""
 
+    refusal: Exception | None = None
+    cause: Exception | None = None
+
     async def generate(self, prompt: Any, params: Any, request: str, priority: int) -> AsyncIterator[Any]:
         self._hear("generate")
+        if self.refusal is not None:
+            raise self.refusal from self.cause
         logprobs = SimpleNamespace(logprobs=[-1.0], start_indices=[0])
         yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[5], logprobs=logprobs, finish_reason="length")])
 
@@ -478,6 +483,25 @@ def test_a_start_and_a_revival_outlive_the_trajectory_that_asked_for_them():
         assert (await ask(30)).token_ids == [5]
         assert made == ["give back", "vLLM", "give back", "vLLM"], "the learner's cache first, and no third one"
         assert engine.deaths == 1
+        await engine.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_request_that_vllm_cannot_answer_ends_the_run_with_its_reason():
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    async def main() -> None:
+        engine, llm = make(fresh_model()), Talker()
+        engine._construct = lambda folder: llm  # pyright: ignore[reportAttributeAccessIssue]
+        for refusal, cause, expected in (
+            (VLLMValidationError("too long", parameter="prompt"), None, "VLLMValidationError: too long"),
+            (EngineGenerateError(), RuntimeError("no more file handles"), "RuntimeError: no more file handles"),
+        ):
+            llm.refusal, llm.cause = refusal, cause
+            with pytest.raises(EngineError, match=f"vLLM could not answer a request: {expected}"):
+                await engine.generate(PROMPT, session="s", stop=(), max_tokens=1, temperature=1.0, seed=1)
         await engine.close()
 
     asyncio.run(asyncio.wait_for(main(), 60))

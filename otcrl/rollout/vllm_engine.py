@@ -159,7 +159,8 @@ class VLLMEngine:
 
     async def _submit(self, ids: list[int], params: Any, session: str, priority: int) -> tuple[RequestOutput, int]:
         """What became of the request, and the weights that it ran under; again if the engine dies of it or with it."""
-        from vllm.v1.engine.exceptions import EngineDeadError
+        from vllm.exceptions import VLLMValidationError
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         while True:
             await self._ready()
@@ -176,6 +177,9 @@ class VLLMEngine:
                 return final, version
             except EngineDeadError as error:
                 dead = error
+            except (EngineGenerateError, VLLMValidationError, ValueError) as error:
+                cause = error.__cause__ or error  # vLLM's own may say nothing
+                raise EngineError(f"vLLM could not answer a request: {type(cause).__name__}: {cause}") from error
             finally:
                 self._in_flight.discard(request)  # before it waits for a publication, which waits for what is in flight
             await self._common.done(partial(self._revive, llm, dead))
