@@ -753,6 +753,15 @@ def test_the_folder_of_a_killed_process_is_removed_by_the_next_and_no_other(tmp_
     assert list(tmp_path.iterdir()) == [foreign]
 
 
+def test_vllm_does_not_take_the_learners_expandable_segments(monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,max_split_size_mb:512")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    with child_environment(None, cpu_cache_gib=1, folder=Path("/x")):
+        assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:512"
+        assert "PYTORCH_ALLOC_CONF" not in os.environ
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
 def test_while_vllm_starts_a_rank_still_knows_which_it_is():
     """The learner goes on beside a revival (`ahead`, `stragglers: keep`), and must not believe that it is alone."""
     code = """

@@ -32,6 +32,7 @@ SOCKET = 1 + 36  # characters of the name of vLLM's sockets in their folder
 LONGEST = 107  # path of a socket
 DTYPES = ("float32", "bfloat16", "float16")
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 FROM_VLLM = (
     "LD_PRELOAD",
     "LD_LIBRARY_PATH",
@@ -189,7 +190,8 @@ def child_environment(devices: Sequence[int] | None, cpu_cache_gib: float, folde
     }
     if len(os.fsencode(folder)) + SOCKET <= LONGEST:
         defaults["VLLM_RPC_BASE_PATH"] = str(folder)
-    given = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    given: dict[str, str | None] = {name: os.environ.get(name, value) for name, value in defaults.items()}
+    given |= {name: without_expandable(os.environ[name]) for name in ALLOCATORS if name in os.environ}
     given["PYTHONPATH"] = os.pathsep.join([packages, *filter(None, [os.environ.get("PYTHONPATH")])])
     if devices is not None:
         given["CUDA_VISIBLE_DEVICES"] = visible(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -201,6 +203,12 @@ def child_environment(devices: Sequence[int] | None, cpu_cache_gib: float, folde
         yield
     finally:
         put(own)
+
+
+def without_expandable(settings: str) -> str | None:
+    """Of torch's allocator. Memory that vLLM frees to sleep cannot be in such segments, and old versions stop at them."""
+    kept = [part for part in settings.split(",") if not part.strip().startswith("expandable_segments")]
+    return ",".join(kept) or None
 
 
 def put(values: Mapping[str, str | None]) -> None:

@@ -125,7 +125,9 @@ class Receiver:
         self, weights: Iterator[tuple[str, Tensor]], version: int, types: Collection[str]
     ) -> dict[str, Any]:
         own = self.vllm_config.model_config.dtype
-        types = {sent if holds(own, sent) else str(own).removeprefix("torch.") for sent in types}  # as they were compared
+        types = {
+            sent if holds(own, sent) else str(own).removeprefix("torch.") for sent in types
+        }  # as they were compared
         self.otcrl_remember()
         self.reload_weights(weights_iterator=weights)
         repack(self.model_runner.get_model())
