@@ -29,7 +29,7 @@ from otcrl.rollout import vllm_engine
 from otcrl.rollout.publication import Publisher
 from otcrl.rollout.submission import before_half_stop
 from otcrl.rollout.vllm_engine import VLLMEngine
-from otcrl.rollout.vllm_launch import OwnFolder, check_settings, check_vllm, child_environment, visible
+from otcrl.rollout.vllm_launch import OwnFolder, arguments, check_settings, check_vllm, child_environment, visible
 from tests.test_bad_input import ROOT
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -630,10 +630,20 @@ def test_a_request_that_vllm_is_still_preparing_is_aborted_when_it_has_it():
     asyncio.run(main())
 
 
-def test_weights_go_by_handle_only_to_the_gpu_that_they_lie_on():
-    learner = SimpleNamespace(device=torch.device("cuda:0"))
-    for devices, sees in ((None, True), ((0, 1), True), ((1,), False)):
-        assert VLLMEngine._sees_learner(SimpleNamespace(devices=devices, model=learner)) is sees  # type: ignore[arg-type]
+class OnGPU:
+    """As much of a model as an engine asks for before it starts."""
+
+    device, dtype, config = torch.device("cuda", 0), torch.float32, fresh_model().config
+
+
+@pytest.mark.parametrize(("devices", "shares"), [(None, True), ((0, 1), True), ((1,), False)])
+def test_only_an_engine_on_the_learners_gpu_sleeps_and_takes_weights_by_handle(devices, shares):
+    engine = make(cast(PreTrainedModel, OnGPU()), devices=devices)
+    assert engine._sleeps is shares
+    assert engine._publisher._by_handle is shares
+    assert arguments(engine, Path())["enable_sleep_mode"] is shares
+    with nullcontext() if shares else pytest.raises(ValueError, match="ipc needs the learner's GPU, cuda:0, among"):
+        make(cast(PreTrainedModel, OnGPU()), devices=devices, transport="ipc")
 
 
 def test_an_engine_that_is_found_dead_at_bedtime_is_the_next_publications_matter():

@@ -42,6 +42,7 @@ from otcrl.rollout.vllm_launch import (
     child_environment,
     devices_of_rank,
     save_description,
+    sees_learner,
 )
 from otcrl.tell import tell
 
@@ -84,13 +85,13 @@ class VLLMEngine:
         check_vllm()
         check_settings(self)
         on_gpu = self.model.device.type == "cuda"
-        self._sleeps = on_gpu and self.sleep_level > 0
+        self._sleeps = on_gpu and self.sleep_level > 0 and sees_learner(self)
         self._check_options()
         self._llm: AsyncLLM | None = None
         self._processes: list[Any] = []
         self._folder = OwnFolder()
         folder = Path(self.weights_dir) if self.weights_dir else None
-        by_handle = on_gpu and (self.transport == "ipc" or (self.transport == "auto" and self._sees_learner()))
+        by_handle = on_gpu and (self.transport == "ipc" or (self.transport == "auto" and sees_learner(self)))
         dtype = getattr(torch, self.dtype) if self.dtype else None
         self._publisher = Publisher(self.model, by_handle=by_handle, folder=folder, dtype=dtype)
         self._gate, self._common = Gate(), Common()  # a start or a revival
@@ -390,10 +391,6 @@ class VLLMEngine:
             gc.collect()  # now: its finalizer fails when the interpreter is already going
         self._publisher.close()
         self._folder.close()
-
-    def _sees_learner(self) -> bool:
-        """Whether the learner's GPU is among the engine's, so that its memory can be opened there."""
-        return self.devices is None or (self.model.device.index or 0) in self.devices
 
     def _check_options(self) -> None:
         if not self.options:

@@ -33,12 +33,8 @@ LONGEST = 107  # path of a socket
 DTYPES = ("float32", "bfloat16", "float16")
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-FROM_VLLM = (
-    "LD_PRELOAD",
-    "LD_LIBRARY_PATH",
-    "OMP_NUM_THREADS",
-    "NUMEXPR_MAX_THREADS",
-)  # set here for its own processes
+# set by vLLM here, for its own processes
+FROM_VLLM = ("LD_PRELOAD", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "NUMEXPR_MAX_THREADS")
 
 
 def check_vllm() -> None:
@@ -83,7 +79,14 @@ def check_settings(engine: VLLMEngine) -> None:
                 )
     if engine.transport == "ipc" and device.type != "cuda":
         raise ValueError(f"transport ipc needs a model on a GPU, and it is on {device}: use file or auto")
+    if engine.transport == "ipc" and not sees_learner(engine):
+        raise ValueError(f"transport ipc needs the learner's GPU, {device}, among devices {engine.devices}: use file")
     check_context(engine.context, engine.model)
+
+
+def sees_learner(engine: VLLMEngine) -> bool:
+    """Whether the learner's GPU is among the engine's: then its memory can be opened there, and both must share it."""
+    return engine.devices is None or (engine.model.device.index or 0) in engine.devices
 
 
 def check_context(context: int, model: PreTrainedModel) -> None:
@@ -96,7 +99,8 @@ def check_context(context: int, model: PreTrainedModel) -> None:
 def arguments(engine: VLLMEngine, folder: Path) -> dict[str, Any]:
     """Of vLLM's AsyncEngineArgs, those that otcrl sets; `folder` has the model's description."""
     on_gpu = engine.model.device.type == "cuda"
-    for_gpu = {"gpu_memory_utilization": engine.gpu_memory, "enable_sleep_mode": engine.sleep_level > 0}
+    sleeps = engine.sleep_level > 0 and sees_learner(engine)
+    for_gpu = {"gpu_memory_utilization": engine.gpu_memory, "enable_sleep_mode": sleeps}
     for_cpu = {
         "block_size": 32,  # vLLM's own 128 would compute up to 127 tokens of a trajectory again at every turn
         # A prompt in pieces would kill vLLM: it rewinds a request's seeded generator, which torch cannot on CPU.
@@ -206,7 +210,7 @@ def child_environment(devices: Sequence[int] | None, cpu_cache_gib: float, folde
 
 
 def without_expandable(settings: str) -> str | None:
-    """Of torch's allocator. Memory that vLLM frees to sleep cannot be in such segments, and old versions stop at them."""
+    """Of torch's allocator. What vLLM frees to sleep cannot be in such segments, and old versions stop at them."""
     kept = [part for part in settings.split(",") if not part.strip().startswith("expandable_segments")]
     return ",".join(kept) or None
 
