@@ -350,7 +350,7 @@ def build_run(cfg: Config, world: World, bars: Bars, start: Start) -> Run:
     check_questions(collector.player, world.task, loop)
     if world.sft.steps and start.checkpoint is None and start.cold is None:
         check_demonstrations(world.sft, world.task, world.dialect, world.tokenizer, world.tools)
-    types = (learner.autocast, learner.policy.dtype, getattr(engine, "dtype", None))  # servers do not say theirs here
+    types = (learner.autocast, learner.policy.dtype, getattr(engine, "dtype", None))
     proof = construct_as(Proof, cfg["sync"], "sync", rounds=any(map(is_16_bit, types)))
     health = construct_as(Health, cfg["health"], "health")
     folder = start.folder

@@ -48,7 +48,7 @@ T = TypeVar("T")
 def make(urls: list[str], model: PreTrainedModel, **settings: Any) -> VLLMServers:
     defaults: dict[str, Any] = {
         "api_key_env": "NO_SUCH_KEY", "context": 512, "max_sequences": 16, "batch_tokens": 512, "transport": "file",
-        "weights_dir": None, "nccl_address": None, "sync_timeout_s": 60, "patience_s": 5,
+        "dtype": None, "weights_dir": None, "nccl_address": None, "sync_timeout_s": 60, "patience_s": 5,
     }  # fmt: skip
     return VLLMServers(model=model, tokenizer=TOKENIZER, urls=tuple(urls), **defaults | settings)
 
@@ -330,6 +330,7 @@ def pretends(**otherwise: Any) -> FastAPI:
     settings = {
         "logprobs_mode": "processed_logprobs", "generation_config": "vllm", "policy": "priority", "data_parallel": 1,
         "context": 512, "max_sequences": 64, "batch_tokens": 1024, "weight_transfer": None, "version": "0.32.0",
+        "dtype": "float32",
     } | otherwise  # fmt: skip
     app = FastAPI()
     app.get("/version")(lambda: {"version": settings["version"]})
@@ -346,6 +347,7 @@ def pretends(**otherwise: Any) -> FastAPI:
         ({"generation_config": "auto"}, "--generation-config vllm; its generation_config is auto"),
         ({"policy": "fcfs"}, "--scheduling-policy priority; its policy is fcfs"),
         ({"data_parallel": 2}, "one server for each copy of the model, without --data-parallel-size"),
+        ({"dtype": "bfloat16"}, "--dtype float32, or set engine.dtype=bfloat16, which it has"),
         ({"data_parallel": None}, "VLLM_SERVER_DEV_MODE=1 in its environment"),
         ({"context": 256}, "--max-model-len 512; engine.context asks for more than 256"),
         ({"version": "0.19.1"}, "runs vLLM 0.19.1, and otcrl works with 0.20 to 0.33"),

@@ -43,6 +43,7 @@ from otcrl.rollout.vllm_launch import (
     devices_of_rank,
     save_description,
     sees_learner,
+    torch_dtype,
 )
 from otcrl.tell import tell
 
@@ -92,8 +93,7 @@ class VLLMEngine:
         self._folder = OwnFolder()
         folder = Path(self.weights_dir) if self.weights_dir else None
         by_handle = on_gpu and (self.transport == "ipc" or (self.transport == "auto" and sees_learner(self)))
-        dtype = getattr(torch, self.dtype) if self.dtype else None
-        self._publisher = Publisher(self.model, by_handle=by_handle, folder=folder, dtype=dtype)
+        self._publisher = Publisher(self.model, by_handle=by_handle, folder=folder, dtype=torch_dtype(self.dtype))
         self._gate, self._common = Gate(), Common()  # a start or a revival
         self._has_begun = False  # to be given weights: from then on they come from the learner alone
         self._in_flight: set[str] = set()  # requests that vLLM has

@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from otcrl import dist
 from otcrl.errors import ConfigError
 from otcrl.rollout.vllm_worker import EXTENSION
@@ -33,7 +35,7 @@ LONGEST = 107  # path of a socket
 DTYPES = ("float32", "bfloat16", "float16")
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-# set by vLLM here, for its own processes
+# what vLLM sets in this process for its own
 FROM_VLLM = ("LD_PRELOAD", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "NUMEXPR_MAX_THREADS")
 
 
@@ -65,8 +67,7 @@ def check_settings(engine: VLLMEngine) -> None:
     for name in ("cpu_cache_gib", "start_timeout_s", "sync_timeout_s"):
         if not getattr(engine, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(engine, name)}")
-    if engine.dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype must be null or one of {', '.join(DTYPES)}, got {engine.dtype!r}")
+    check_dtype(engine.dtype)
     if engine.max_deaths < 0:
         raise ValueError(f"max_deaths must be at least 0, got {engine.max_deaths}")
     device = engine.model.device
@@ -87,6 +88,16 @@ def check_settings(engine: VLLMEngine) -> None:
 def sees_learner(engine: VLLMEngine) -> bool:
     """Whether the learner's GPU is among the engine's: then its memory can be opened there, and both must share it."""
     return engine.devices is None or (engine.model.device.index or 0) in engine.devices
+
+
+def check_dtype(name: str | None) -> None:
+    """Raises ValueError for a type that weights cannot have."""
+    if name not in (None, *DTYPES):
+        raise ValueError(f"dtype must be null or one of {', '.join(DTYPES)}, got {name!r}")
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
 
 
 def check_context(context: int, model: PreTrainedModel) -> None:
@@ -210,7 +221,7 @@ def child_environment(devices: Sequence[int] | None, cpu_cache_gib: float, folde
 
 
 def without_expandable(settings: str) -> str | None:
-    """Of torch's allocator. What vLLM frees to sleep cannot be in such segments, and old versions stop at them."""
+    """Settings of torch's allocator. Memory that vLLM frees to sleep cannot be in such segments; 0.20 stops at them."""
     kept = [part for part in settings.split(",") if not part.strip().startswith("expandable_segments")]
     return ",".join(kept) or None
 

@@ -27,7 +27,7 @@ from otcrl.rollout.completions_api import PATH, continued, scored, to_continue, 
 from otcrl.rollout.fleet import LONGEST_S, Fleet, Server, share_of_rank
 from otcrl.rollout.gate import Common, Gate, deadline
 from otcrl.rollout.submission import RESET_S, RESETS, Part, check_request, complete, sampling
-from otcrl.rollout.vllm_launch import check_context, check_version
+from otcrl.rollout.vllm_launch import check_context, check_dtype, check_version, torch_dtype
 from otcrl.rollout.vllm_worker import EXTENSION
 from otcrl.rollout.weights_by_file import WeightsByFile
 from otcrl.rollout.weights_by_nccl import WeightsByNCCL
@@ -59,6 +59,7 @@ class VLLMServers:
     context: int  # most tokens a trajectory may hold
     max_sequences: int  # that each server decodes at a time, at least
     batch_tokens: int  # that each server takes per forward, at least
+    dtype: str | None  # of their copies of the weights; null: the model's own
     transport: Literal["file", "nccl"]  # of new weights
     weights_dir: str | None  # of transport file: a folder that the servers see too; null: this machine's main memory
     nccl_address: str | None  # of transport nccl: this machine as the servers know it; null: found out
@@ -75,10 +76,13 @@ class VLLMServers:
         for name in ("sync_timeout_s", "patience_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_dtype(self.dtype)
         check_context(self.context, self.model)
         self._fleet = Fleet(share_of_rank(self.urls), os.environ.get(self.api_key_env) or None)
         if self.transport == "file":
-            self._weights = WeightsByFile(self._fleet, self.model, self.weights_dir, self.sync_timeout_s)
+            self._weights = WeightsByFile(
+                self._fleet, self.model, self.weights_dir, self.sync_timeout_s, torch_dtype(self.dtype)
+            )
         else:
             self._weights = WeightsByNCCL(self._fleet, self.model, self.nccl_address, self.sync_timeout_s)
         self._gate, self._common = Gate(), Common()  # the first publication, if nobody else has made one
@@ -244,6 +248,9 @@ class VLLMServers:
         for name, (value, flag) in EXACTLY.items():
             if settings[name] != value:
                 raise EngineError(f"{start} {flag}; its {name} is {settings[name]}")
+        dtype = self.dtype or str(self.model.dtype).removeprefix("torch.")
+        if settings["dtype"] != dtype:
+            raise EngineError(f"{start} --dtype {dtype}, or set engine.dtype={settings['dtype']}, which it has")
         for name, flag in AT_LEAST.items():
             if settings[name] < getattr(self, name):
                 raise EngineError(

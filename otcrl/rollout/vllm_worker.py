@@ -114,6 +114,7 @@ class Receiver:
             "logprobs_mode": str(config.model_config.logprobs_mode),
             "generation_config": config.model_config.generation_config,
             "policy": str(config.scheduler_config.policy),
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
             "context": config.model_config.max_model_len,
             "max_sequences": config.scheduler_config.max_num_seqs,
             "batch_tokens": config.scheduler_config.max_num_batched_tokens,
@@ -124,10 +125,8 @@ class Receiver:
     def _otcrl_load(
         self, weights: Iterator[tuple[str, Tensor]], version: int, types: Collection[str]
     ) -> dict[str, Any]:
-        own = self.vllm_config.model_config.dtype
-        types = {
-            sent if holds(own, sent) else str(own).removeprefix("torch.") for sent in types
-        }  # as they were compared
+        own = self.vllm_config.model_config.dtype  # in which the learner has compared those that it rounds
+        types = {sent if holds(own, sent) else str(own).removeprefix("torch.") for sent in types}
         self.otcrl_remember()
         self.reload_weights(weights_iterator=weights)
         repack(self.model_runner.get_model())

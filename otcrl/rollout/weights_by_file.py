@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from otcrl.errors import EngineError
@@ -19,10 +20,17 @@ if TYPE_CHECKING:
 class WeightsByFile:
     keeps = True  # the weights sent last can be brought to a server that comes later
 
-    def __init__(self, fleet: Fleet, model: PreTrainedModel, folder: str | None, timeout_s: float) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        model: PreTrainedModel,
+        folder: str | None,
+        timeout_s: float,
+        dtype: torch.dtype | None = None,  # the servers'; None: the model's
+    ) -> None:
         self._fleet, self._folder = fleet, folder
         self._load_s = 0.8 * timeout_s  # a server that takes most of the time is left out, and ends no publication
-        self._publisher = Publisher(model, by_handle=False, folder=Path(folder) if folder else None)
+        self._publisher = Publisher(model, by_handle=False, folder=Path(folder) if folder else None, dtype=dtype)
         self._message: Message | None = None
 
     def prepare(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
