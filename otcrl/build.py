@@ -23,6 +23,7 @@ from otcrl.experiment import Evaluate, Experiment, cold_start, evaluate, run_exp
 from otcrl.health import Health
 from otcrl.learner.deepspeed_backend import DeepSpeed, made_split
 from otcrl.learner.learner import Learner
+from otcrl.learner.optimizer import check_trained
 from otcrl.learner.proof import Proof, is_16_bit
 from otcrl.learner.thread import LearnerThread
 from otcrl.loggers import Loggers
@@ -233,7 +234,10 @@ def build_world(cfg: Config, *, weights: bool = True, trains: bool = False) -> W
     dialect = construct(cfg["dialect"], "dialect", tools=tools)
     sft = construct_as(Sft, cfg["sft"], "sft")
     source = construct(cfg["model"], "model")
-    split = splitting(cfg, getattr(source, "dtype", "float32")) if trains else nullcontext
+    dtype = getattr(source, "dtype", "float32")
+    if trains:
+        check_trained(dtype)  # the learner looks too, after minutes of loading
+    split = splitting(cfg, dtype) if trains else nullcontext
     with split():
         model, tokenizer = source.load(words, cfg["seed"]) if weights else (None, source.load_tokenizer(words))
     check_dialect(dialect, task, tokenizer, tools)

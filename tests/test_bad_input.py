@@ -87,8 +87,8 @@ IMPOSSIBLE = {
     "learner.policy_optimizer.lr=nan": "learner.policy_optimizer: lr must be 0 or more, got nan",
     "learner.policy_optimizer.lr=fast": "learner.policy_optimizer.lr must be float, got 'fast'",
     "learner.policy_optimizer.betas=[0.9,1.5]": "learner.policy_optimizer: betas must be at least 0 and below 1",
-    "learner.autocast=bfloat61": "learner: autocast must be bfloat16, float16 or null, got 'bfloat61'. Did you mean "
-    "'bfloat16'?",
+    "learner.autocast=bfloat61": "learner: autocast must be bfloat16 or null, got 'bfloat61'. Did you mean 'bfloat16'?",
+    "learner.autocast=float16": "learner: autocast must be bfloat16 or null, got 'float16'. Did you mean 'bfloat16'?",
     "learner.epochs=0": "learner: epochs must be at least 1, got 0",
     "learner.minibatch_size=-1": "learner: minibatch_size must be at least 0, got -1",
     "learner.packing=share": "learner.packing must be 'shared' or 'packed' or 'padded', got 'share'. Did you mean ",
@@ -138,7 +138,8 @@ IMPOSSIBLE = {
     "sft.steps=-1": "sft: steps must be at least 0, got -1",
     "sft.batch_size=0": "sft: batch_size must be at least 1, got 0",
     "sft.optimizer.lr=-1": "sft.optimizer: lr must be 0 or more, got -1.0",
-    "sft.autocast=int8": "sft: autocast must be bfloat16, float16 or null, got 'int8'.",
+    "sft.autocast=int8": "sft: autocast must be bfloat16 or null, got 'int8'.",
+    "sft.autocast=float16": "sft: autocast must be bfloat16 or null, got 'float16'. Did you mean 'bfloat16'?",
     "sft.max_tokens=5": "a demonstration of SFT step 0 has ",
     "sft=null": "sft must be a section of settings, got None",
     "~sft": "the config has no sft",
@@ -330,6 +331,19 @@ def test_a_model_that_cannot_be_used_is_refused(
     settings = json.loads((copy / "tokenizer_config.json").read_text())
     (copy / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
     assert "has no end-of-text token: a completion could never end" in refusal(capsys, *words, f"model.path={copy}")
+
+
+def test_float16_is_evaluated_and_not_trained(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    data = tmp_path / "train.jsonl"
+    for path in (data, tmp_path / "test.jsonl"):
+        path.write_text(ROW)
+    words = [*questions(model, data), "tools.python.workers=1", "rollout.limits.max_tokens=4", "model.dtype=float16"]
+    for command in ("train", "sft"):
+        why = refusal(capsys, command, *words)
+        assert why.startswith("model.dtype is 'float16', which can be evaluated and not trained"), why
+        assert why.endswith("Use bfloat16 or float32")
+    assert cli.main(["eval", *words]) == 0
+    assert (tmp_path / "run/eval/greedy/report.json").is_file()
 
 
 # -- going on after a failure ---------------------------------------------------------------------------

@@ -508,6 +508,11 @@ def test_adapters_for_layers_that_are_not_there_are_refused():
         make_learner(grpo(), lora=Lora(rank=4, alpha=8, targets=("querry",)))
 
 
+def test_a_policy_in_float16_is_refused_wherever_it_came_from():
+    with pytest.raises(ConfigError, match=r"model.dtype is 'float16', .* Use bfloat16 or float32"):
+        make_learner(grpo(), policy=copy.deepcopy(POLICY).half())
+
+
 def test_a_disk_that_is_not_there_is_named(tmp_path):
     settings = replace(ZERO, zero_stage=3, offload="nvme", nvme_path=str(tmp_path / "scratch"))
     with pytest.raises(ConfigError, match=r"learner.deepspeed.nvme_path is '.*/scratch', and nothing can be kept"):

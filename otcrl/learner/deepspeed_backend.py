@@ -89,14 +89,13 @@ class DeepSpeed:
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": dtype == torch.bfloat16},
-            "fp16": {"enabled": dtype == torch.float16},
             "data_types": {"grad_accum_dtype": "fp32"},
             "steps_per_print": 1 << 60,
         }
 
 
 class DeepSpeedBackend:
-    """See `Backend`. With bfloat16 or float16 weights the optimizer has float32 ones."""
+    """See `Backend`. With bfloat16 weights the optimizer has float32 ones."""
 
     in_step = True
 

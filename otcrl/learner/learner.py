@@ -23,7 +23,7 @@ from otcrl.algos.mismatch import mismatch
 from otcrl.errors import TrainingError, nearest
 from otcrl.learner.backend import Backend, Unadapted, fold, load_weights, weights
 from otcrl.learner.deepspeed_backend import DeepSpeed, DeepSpeedBackend, Frozen
-from otcrl.learner.optimizer import Optimizer, check_precision
+from otcrl.learner.optimizer import Optimizer, check_precision, check_trained
 from otcrl.learner.passes import idle_mask, passes
 from otcrl.learner.torch_backend import TorchBackend, Whole
 from otcrl.models.critic import Critic, SharedCritic
@@ -122,6 +122,7 @@ class Learner:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         check_precision(self.max_grad_norm, self.autocast)
+        check_trained(self.policy.dtype)
 
     def _read_policy(self, *inputs: Any) -> tuple[Tensor, ...]:
         """(log-probs, entropy), and the hidden states where the critic reads them."""

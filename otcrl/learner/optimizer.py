@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from otcrl.errors import nearest
+from otcrl.errors import ConfigError, nearest
 
 DECAYS = ("linear", "cosine")
-AUTOCAST = ("bfloat16", "float16")
+AUTOCAST = ("bfloat16",)  # not float16: gradients below 6e-8 would be 0, as the loss is not scaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,4 +58,13 @@ def check_precision(max_grad_norm: float, autocast: str | None) -> None:
     if autocast not in (None, *AUTOCAST):
         raise ValueError(
             f"autocast must be {', '.join(AUTOCAST)} or null, got {autocast!r}.{nearest(autocast, AUTOCAST)}"
+        )
+
+
+def check_trained(dtype: object) -> None:
+    """Raises ConfigError for a type of weights, or its name, that is too coarse to be trained."""
+    if str(dtype).removeprefix("torch.") == "float16":
+        raise ConfigError(
+            "model.dtype is 'float16', which can be evaluated and not trained: small gradients are 0 in it, and the "
+            "loss is not scaled against that. Use bfloat16 or float32"
         )

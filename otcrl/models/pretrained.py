@@ -22,7 +22,7 @@ LOCAL = (".", "/", "~", "models/")  # nobody's name on the hub begins like this
 @dataclass(frozen=True, kw_only=True)
 class Pretrained:
     path: str  # directory or hub name
-    dtype: str  # of the trained weights
+    dtype: str  # of the weights; float16 is for evaluation
     chat: bool | None  # wrap the prompt as a user message of the chat template; None: if the tokenizer has one
     device: str  # cpu, cuda, cuda:1 ...; auto: this rank's GPU when there is one
     gradient_checkpointing: bool

@@ -115,7 +115,7 @@ class Reader:
         entropy: Entropy = "skip",
         half: str | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See `token_states`. `half`: matrix products in bfloat16 or float16; None: in the model's own dtype."""
+        """See `token_states`. `half`: matrix products in bfloat16; None: in the model's own dtype."""
         with autocast(half, self.model.device):
             return token_states(
                 self.model, token_ids_BT, action_mask_BT, temperature, entropy, packed=packed, head=self.head
