@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,21 @@ def split(algo: str, deepspeed: DeepSpeed) -> dict[str, Any]:
         settings = {"backend": "deepspeed", "deepspeed": deepspeed, "micro_tokens": 30}
         learner = made(algo, **settings)
         found = outcome(algo, learner)
+        found["still"] = still(learner)
         found["restored"] = restored(algo, learner, settings)
         found["begun"] = begun(learner)
         return found
+
+
+def still(learner: Learner) -> bool:
+    """Where nothing is to be learned nothing moves, whatever AdamW remembers: no weight, moment or count of steps."""
+    algo, batch = grpo(kl_coef=0.0, entropy_coef=0.0), random_batch(rows=ROWS, columns=16)
+    batch = replace(batch, rewards=torch.ones(ROWS))
+    before = {name: value.clone() for name, value in chain(learner.weights(), learner.state())}
+    scores = learner.score(batch)
+    metrics = learner.update(2, batch, scores, algo.targets(batch, scores), algo)
+    same = [torch.equal(before[name], value) for name, value in chain(learner.weights(), learner.state())]
+    return all(same) and all(metrics[f"update/{name}_grad_norm"] == 0 for name in learner.backends)
 
 
 def begun(learner: Learner) -> bool:

@@ -85,6 +85,11 @@ def test_zero_changes_no_gradient_and_no_statistic(together):
         assert len(found["says"]) == 5
 
 
+def test_a_mini_batch_with_nothing_to_learn_moves_nothing(together):
+    """And ranks go on: the update after it is the one that `restored` compares."""
+    assert all(together[name]["still"] for name in ranks.ZERO)
+
+
 def test_state_goes_from_one_learner_to_another_bit_for_bit(together):
     assert all(together[name]["restored"] for name in ranks.ZERO)
 
@@ -117,6 +122,7 @@ def test_what_lies_on_a_disk_changes_no_gradient_and_goes_from_one_learner_to_an
                 else:
                     close(found[kind][key], value, absolute=1e-6, relative=1e-4, where=f"{name}: {key}")
         close(found["metrics 0"], expected["metrics 0"], absolute=1e-4, relative=1e-3, where=name)
+        assert found["still"], name
         assert found["restored"], name
         assert found["begun"], name
 

@@ -94,6 +94,16 @@ class DeepSpeed:
         }
 
 
+class Pausing(torch.optim.AdamW):
+    """AdamW whose step can do nothing: DeepSpeed's own around it, which frees gradients and gathers weights, is made
+    all the same."""
+
+    paused = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.paused else super().step(closure)
+
+
 class DeepSpeedBackend:
     """See `Backend`. With bfloat16 weights the optimizer has float32 ones."""
 
@@ -106,10 +116,11 @@ class DeepSpeedBackend:
         self.module = module
         self._stage = settings.zero_stage
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        idle = torch.optim.AdamW(self._trained.values(), lr=0.0)
+        self._adamw = Pausing(self._trained.values(), lr=0.0)
+        self._learns = torch.zeros((), dtype=torch.bool)  # whether any gradient since the last step was not 0
         config = settings.config(next(iter(self._trained.values())).dtype, max_grad_norm)
         self._function = function
-        self._engine: Any = deepspeed.initialize(model=Computes(module), optimizer=idle, config=config)[0]
+        self._engine: Any = deepspeed.initialize(model=Computes(module), optimizer=self._adamw, config=config)[0]
         self._make_state()
         self.begin(optimizer, max_grad_norm)
 
@@ -157,6 +168,8 @@ class DeepSpeedBackend:
 
     def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor], *, last: bool) -> None:
         """DeepSpeed averages over the ranks, and ours are shares of a sum."""
+        for gradient in gradients:
+            self._learns = self._learns.to(gradient.device) | (gradient != 0).any()  # NaN too
         self._engine.set_gradient_accumulation_boundary(last)
         pairs = zip(outputs, gradients, strict=True)
         self._engine.backward(sum((out * (gradient * dist.size())).sum() for out, gradient in pairs))
@@ -164,6 +177,9 @@ class DeepSpeedBackend:
     def step(self, rate: float, what: str) -> float:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
+        # 0 on all ranks: nothing was to be learned; no momentum either. A rank's part of the gradient would not tell
+        self._adamw.paused = not dist.largest(int(self._learns), what)
+        self._learns = torch.zeros_like(self._learns)
         with dist.deadline(what):
             self._engine.step()
         return float(self._engine.get_global_grad_norm())
