@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from otcrl.algos.functional import group_advantages, leave_one_out, mean_normalized, token_weights
+from otcrl.algos.functional import clipped_surrogate, group_advantages, leave_one_out, mean_normalized, token_weights
+from otcrl.algos.parts import loss_of_weighted
 from otcrl.errors import TrainingError
 from otcrl.protocols import Algorithm
 from otcrl.types import Batch, Forward, Scores
@@ -74,8 +75,10 @@ def loss(algo: Algorithm, case: Case, logprobs: Tensor | None = None) -> Tensor:
     """What the learner minimises."""
     new = case.logprobs if logprobs is None else logprobs
     forward = Forward(new, torch.zeros_like(new), torch.zeros_like(new))
-    out = algo.token_loss(forward, case.batch, case.scores, algo.targets(case.batch, case.scores))
-    return (out.loss * token_weights(case.batch.action_mask, algo.weighting)).sum()
+    weights_BT = token_weights(case.batch.action_mask, algo.weighting)
+    targets = algo.targets(case.batch, case.scores)
+    out = loss_of_weighted(algo, forward, case.batch, case.scores, targets, weights_BT)
+    return (out.loss * weights_BT).sum()
 
 
 def gradient(algo: Algorithm, case: Case) -> Tensor:
@@ -360,6 +363,48 @@ def test_what_stands_at_injected_tokens_never_matters(name, seed):
     found = gradient(algo, noisy)
     assert torch.allclose(found, gradient(algo, case), atol=1e-12)
     assert (found[~case.batch.action_mask] == 0).all()
+
+
+NUMBERS = torch.tensor([0.0, 90.0, 1e4, -1e4, math.inf, -math.inf, math.nan]).double()  # exp(90) is inf in float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@given(seeds)
+@settings(max_examples=20, deadline=None)
+def test_injected_tokens_add_exactly_nothing_though_their_ratio_be_inf(name, dtype, seed):
+    """0 times inf is NaN: one such token would spoil the mini-batch."""
+    case, algo, g = random_case(seed), algorithm(name), torch.Generator().manual_seed(seed)
+    plain = (case.logprobs, case.scores.old_logprobs, case.scores.ref_logprobs, case.scores.values)
+    clean = Case(case.batch, Scores(*(x.to(dtype) for x in plain[1:])), plain[0].to(dtype))
+    junk = (NUMBERS[torch.randint(len(NUMBERS), x.shape, generator=g)] for x in plain)
+    new, old, ref, values = (
+        torch.where(case.batch.action_mask, x, y).to(dtype) for x, y in zip(plain, junk, strict=True)
+    )
+    dirty = Case(case.batch, Scores(old, ref, values), new)
+    assert torch.equal(loss(algo, dirty), loss(algo, clean))
+    assert torch.equal(gradient(algo, dirty), gradient(algo, clean))
+    assert (gradient(algo, dirty)[~case.batch.action_mask] == 0).all()
+
+
+def test_a_token_that_a_correction_has_masked_adds_nothing_though_its_ratio_be_inf():
+    """Its advantage is 0, and it counts in the averages still."""
+    far = torch.tensor([[200.0, 0.0]]).requires_grad_()
+    advantages = torch.tensor([[0.0, 1.0]])
+    found = clipped_surrogate(far, torch.zeros(1, 2), advantages, 0.2, 0.2)
+    found.sum().backward()
+    assert found.tolist() == [[0.0, -1.0]]
+    assert far.grad is not None
+    assert far.grad.tolist() == [[0.0, -1.0]]
+
+
+@pytest.mark.parametrize("name", ["grpo", "ppo"])
+def test_a_penalty_without_a_coefficient_adds_nothing_though_it_be_inf(name):
+    """Without a reference its log-probs are the old ones, of which the policy may be far."""
+    algo, case = algorithm(name, kl_coef=0.0), random_case(0)
+    far = Case(case.batch, case.scores, torch.where(case.batch.action_mask, case.logprobs - 2000, 0.0))
+    assert math.isfinite(loss(algo, far).item())
+    assert gradient(algo, far).isfinite().all()
 
 
 @pytest.mark.parametrize("name", WITH_GROUPS)

@@ -19,7 +19,7 @@ from otcrl.learner.learner import Learner
 from otcrl.learner.optimizer import Optimizer
 from otcrl.models.critic import Critic, SharedCritic
 from otcrl.models.lora import Lora
-from otcrl.models.policy import token_logprobs
+from otcrl.models.policy import output_layer, token_logprobs
 from otcrl.models.tiny import TinyLlama
 from otcrl.protocols import Algorithm
 from otcrl.types import Batch, Forward
@@ -307,6 +307,23 @@ def test_log_probs_and_entropy_match_a_plain_softmax():
         assert logprobs[b, t].item() == pytest.approx(full[b, t - 1, batch.token_ids[b, t]].item(), abs=1e-5)
         assert entropy[b, t].item() == pytest.approx(-(full[b, t - 1].exp() * full[b, t - 1]).sum().item(), abs=1e-5)
     assert (logprobs[~batch.action_mask] == 0).all()
+
+
+def test_a_pass_that_is_made_only_because_others_make_one_adds_nothing_though_its_ratio_be_inf():
+    """It asks about a token that was never sampled, whose old log-prob is 0: exp(0 - log-prob) is too large here."""
+    algo = grpo()
+    learner, batch = make_learner(algo), random_batch()
+    setattr(learner.backends["policy"], "in_step", True)  # noqa: B010  as if other ranks had rows
+    with torch.no_grad():
+        for weight in output_layer(learner.policy).parameters():
+            weight.mul_(1e6)
+    batch = replace(batch, action_mask=torch.zeros_like(batch.action_mask))
+    scores = learner.score(batch)
+    assert learner.says(batch.token_ids[0, :2].tolist())[1] < -1000
+    learner._accumulate(batch, scores, algo.targets(batch, scores), algo)
+    found = [p.grad for p in learner.policy.parameters() if p.grad is not None]
+    assert found
+    assert all((gradient == 0).all() for gradient in found)
 
 
 def test_a_loss_that_is_not_finite_stops_before_any_weight_changes():

@@ -97,8 +97,11 @@ def row_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """PPO, arXiv:1707.06347 Eq. 7, negated:  -min(w A, clip(w, 1 - low, 1 + high) A),  w = pi / pi_old."""
-    ratio = (logprobs - old_logprobs).exp()
+    """PPO, arXiv:1707.06347 Eq. 7, negated:  -min(w A, clip(w, 1 - low, 1 + high) A),  w = pi / pi_old.
+
+    0 where A is 0, though w be inf: a correction may have masked the token for just that.
+    """
+    ratio = torch.where(advantages != 0, logprobs - old_logprobs, 0.0).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from otcrl.algos import functional as F
 from otcrl.algos.parts import check_at_least_zero
 from otcrl.types import Batch, Forward, Scores, Targets, TokenLoss
@@ -44,10 +46,10 @@ class PPO:
 
     def targets(self, batch: Batch, scores: Scores) -> Targets:
         mask_BT = batch.action_mask
-        penalty_BT = self.kl_reward_coef * F.kl_k1(scores.old_logprobs, scores.ref_logprobs) * mask_BT
-        rewards_BT = F.last_action(mask_BT) * batch.rewards[:, None] - penalty_BT
+        kl_BT = torch.where(mask_BT, F.kl_k1(scores.old_logprobs, scores.ref_logprobs), 0.0)
+        rewards_BT = F.last_action(mask_BT) * batch.rewards[:, None] - self.kl_reward_coef * kl_BT
         advantages_BT = F.gae(rewards_BT, scores.values, mask_BT, self.gamma, self.lam)
-        returns_BT = (advantages_BT + scores.values) * mask_BT
+        returns_BT = torch.where(mask_BT, advantages_BT + scores.values, 0.0)
         return Targets(advantages=F.whiten(advantages_BT, mask_BT), returns=returns_BT)
 
     def token_loss(self, new: Forward, batch: Batch, scores: Scores, targets: Targets) -> TokenLoss:
@@ -55,7 +57,8 @@ class PPO:
         policy = F.clipped_surrogate(*span)
         value = F.clipped_value_loss(new.values, scores.values, targets.returns, self.value_clip)
         kl = F.kl_k3(new.logprobs, scores.ref_logprobs)
-        loss = policy + self.value_coef * value + self.kl_coef * kl - self.entropy_coef * new.entropy
+        penalty = self.kl_coef * kl if self.kl_coef else 0.0  # 0 times inf is NaN
+        loss = policy + self.value_coef * value + penalty - self.entropy_coef * new.entropy
         stats = {"policy_loss": policy, "value_loss": value, "entropy": new.entropy}
         stats |= {"kl": kl} if self.needs_reference else {}
         return TokenLoss(loss, stats | {"clip_fraction": F.clip_fraction(*span)})

@@ -38,8 +38,8 @@ class ReinforcePP:
 
     def targets(self, batch: Batch, scores: Scores) -> Targets:
         mask_BT = batch.action_mask
-        penalty_BT = self.kl_reward_coef * F.kl_k1(scores.old_logprobs, scores.ref_logprobs) * mask_BT
-        rewards_BT = F.last_action(mask_BT) * batch.rewards[:, None] - penalty_BT
+        kl_BT = torch.where(mask_BT, F.kl_k1(scores.old_logprobs, scores.ref_logprobs), 0.0)
+        rewards_BT = F.last_action(mask_BT) * batch.rewards[:, None] - self.kl_reward_coef * kl_BT
         to_go_BT = F.gae(rewards_BT, torch.zeros_like(rewards_BT), mask_BT, gamma=1.0, lam=1.0)
         return Targets(advantages=F.whiten(to_go_BT, mask_BT), returns=torch.zeros_like(to_go_BT))
 

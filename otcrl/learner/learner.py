@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from otcrl import dist
 from otcrl.algos.functional import token_weights
 from otcrl.algos.mismatch import mismatch
+from otcrl.algos.parts import loss_of_weighted
 from otcrl.errors import TrainingError, nearest
 from otcrl.learner.backend import Backend, Unadapted, fold, load_weights, weights
 from otcrl.learner.deepspeed_backend import DeepSpeed, DeepSpeedBackend, Frozen
@@ -264,7 +265,7 @@ class Learner:
             with recomputing(*(backend.module for backend in self.backends.values())):
                 outputs = self._outputs(each, "train" if algo.trains_entropy else "measure")
                 leaves = cut_off(outputs.said)
-                out = algo.token_loss(leaves, each.rows, cut_scores, cut_targets)
+                out = loss_of_weighted(algo, leaves, each.rows, cut_scores, cut_targets, w_BT)
                 self._backward(outputs, leaves, (out.loss * w_BT).sum(), last=not own)
             if each.counts:
                 new_BT[each.index, :width] = leaves.logprobs.detach().to(new_BT)
