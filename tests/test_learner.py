@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from otcrl.algos.functional import token_weights
 from otcrl.algos.grpo import GRPO
 from otcrl.algos.ppo import PPO
 from otcrl.errors import ConfigError, TrainingError
-from otcrl.learner.deepspeed_backend import DeepSpeed
+from otcrl.learner.deepspeed_backend import NEEDED, DeepSpeed, check_installed
 from otcrl.learner.learner import Learner
 from otcrl.learner.optimizer import Optimizer
 from otcrl.models.critic import Critic, SharedCritic
@@ -528,6 +531,28 @@ def test_adapters_for_layers_that_are_not_there_are_refused():
 def test_a_policy_in_float16_is_refused_wherever_it_came_from():
     with pytest.raises(ConfigError, match=r"model.dtype is 'float16', .* Use bfloat16 or float32"):
         make_learner(grpo(), policy=copy.deepcopy(POLICY).half())
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [("", "it is not installed"), ("0.19.7", "DeepSpeed 0.19.7 is here, where 0.19.8 or later is needed")],
+    ids=["missing", "too old"],
+)
+def test_a_deepspeed_that_is_missing_or_too_old_is_one_line(installed, message, tmp_path, monkeypatch):
+    if installed:
+        folder = tmp_path / f"deepspeed-{installed}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: deepspeed\nVersion: {installed}\n")
+    check_installed.cache_clear()  # of what an earlier test found; a refusal is not kept
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(ConfigError) as refused:
+        make_learner(grpo(), backend="deepspeed")
+    assert str(refused.value) == f"learner.backend is deepspeed, and {message}: pip install 'deepspeed>=0.19.8'"
+
+
+def test_setup_py_asks_for_the_deepspeed_that_is_needed():
+    asked = re.findall(r"deepspeed>=([\d.]+)", (Path(__file__).parents[1] / "setup.py").read_text())
+    assert set(asked) == {NEEDED}
 
 
 def test_a_disk_that_is_not_there_is_named(tmp_path):

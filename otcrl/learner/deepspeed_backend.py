@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -25,6 +27,7 @@ from otcrl.learner.optimizer import Optimizer
 from otcrl.models.published import whole_shape
 
 T = TypeVar("T")
+NEEDED = "0.19.8"  # setup.py says why
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -284,13 +287,28 @@ def made_split(settings: DeepSpeed, dtype: torch.dtype) -> Iterator[None]:
         del config
 
 
-def imported() -> Any:
-    """The package, whose process group is the run's. Raises ConfigError where it is missing."""
-    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # nothing is compiled that it is about
+@cache
+def check_installed() -> None:
+    """Raises ConfigError where DeepSpeed is missing, or too old. It is not imported: an old one may fail at that."""
+    from packaging.version import Version
+
+    fix = f"pip install 'deepspeed>={NEEDED}'"
     try:
-        import deepspeed
-    except ModuleNotFoundError as error:
-        raise ConfigError("learner.backend is deepspeed, and it is not installed: pip install deepspeed") from error
+        found = metadata.version("deepspeed")
+    except metadata.PackageNotFoundError as error:
+        raise ConfigError(f"learner.backend is deepspeed, and it is not installed: {fix}") from error
+    if Version(found) < Version(NEEDED):
+        raise ConfigError(
+            f"learner.backend is deepspeed, and DeepSpeed {found} is here, where {NEEDED} or later is needed: {fix}"
+        )
+
+
+def imported() -> Any:
+    """The package, whose process group is the run's. Raises ConfigError where it is missing or too old."""
+    check_installed()
+    os.environ.setdefault("DS_SKIP_CUDA_CHECK", "1")  # nothing is compiled that it is about
+    import deepspeed
+
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a compiler's minute, and gloo does it too
     if not torch.distributed.is_initialized():
         alone()
