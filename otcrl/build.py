@@ -34,6 +34,7 @@ from otcrl.models.lora import Lora
 from otcrl.models.published import is_split
 from otcrl.models.twin import twin
 from otcrl.preflight import (
+    check_correction,
     check_demonstrations,
     check_dialect,
     check_evaluation,
@@ -343,6 +344,7 @@ def build_run(cfg: Config, world: World, bars: Bars, start: Start) -> Run:
     loop = construct_as(Loop, cfg["loop"], "loop")
     algo = construct(cfg["algo"], "algo")
     correction = construct_as(Correction, cfg["correction"], "correction")
+    check_correction(correction, algo)
     wired = {"correct": world.task.correct, "tool_names": tuple(world.tools), "dialect": world.dialect}
     reward = construct(cfg["reward"], "reward", **wired)
     check_reward(reward, algo, world.task, world.dialect, world.tools)

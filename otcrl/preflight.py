@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from otcrl.algos.mismatch import Correction
 from otcrl.dialects.hermes import EXAMPLE
 from otcrl.errors import ConfigError, DataError
 from otcrl.evaluate.attempts import check_column
@@ -95,6 +96,18 @@ def well_formed(dialect: Dialect, tools: Mapping[str, Tool]) -> str:
     called = () if isinstance(dialect, Prepares) else tools  # there the policy makes none
     turns = [f"{thought}{dialect.write_call(name, 'q')}{dialect.observation('r')}" for name in called]
     return "".join([*turns, thought, dialect.write_answer("a")])
+
+
+def check_correction(correction: Correction, algo: Algorithm) -> None:
+    """Raises ConfigError where tokens are masked one by one, and the algorithm's ratio is that of a trajectory.
+
+    There its tokens' weights act by their mean alone, so a masked token would keep its gradient.
+    """
+    if (correction.level, correction.bound) == ("token", "mask") and getattr(algo, "whole_ratio", False):
+        raise ConfigError(
+            f"correction.bound=mask at correction.level=token leaves out tokens, and {type(algo).__name__} takes or "
+            "leaves a whole trajectory: use correction.level=geometric or sequence, or correction.bound=truncate"
+        )
 
 
 def check_dialect(dialect: Dialect, task: Task, tokenizer: HFTokenizer, tools: Mapping[str, Tool]) -> None:

@@ -315,7 +315,10 @@ class RewardFn(Protocol):
 
 
 class Algorithm(Protocol):
-    """Two pure functions: what to move towards, and the per-token loss that does it."""
+    """Two pure functions: what to move towards, and the per-token loss that does it.
+
+    One whose ratio is a trajectory's, not a token's, says so by `whole_ratio = True`.
+    """
 
     @property
     def needs_critic(self) -> bool: ...

@@ -15,7 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from otcrl.algos.functional import clipped_surrogate, group_advantages, leave_one_out, mean_normalized, token_weights
+from otcrl.algos.functional import (
+    clipped_surrogate,
+    group_advantages,
+    leave_one_out,
+    mean_normalized,
+    row_mean,
+    token_weights,
+)
 from otcrl.algos.parts import loss_of_weighted
 from otcrl.errors import TrainingError
 from otcrl.protocols import Algorithm
@@ -263,6 +270,29 @@ def test_a_clip_of_trajectories_keeps_or_leaves_out_all_tokens_of_one(name, of_a
         assert (slopes[0] != 0) == (advantages[b] != 0 and not is_clipped)
         kept.append(not is_clipped)
     assert len(set(kept)) == 2  # the case holds both
+
+
+@pytest.mark.parametrize("name", ["gspo", "rloo"])
+@given(seeds)
+@settings(max_examples=10, deadline=None)
+def test_weights_of_tokens_weigh_a_trajectory_by_their_mean_where_it_has_one_ratio(name, seed):
+    """So a token of weight 0 keeps its gradient: `check_correction` refuses to mask tokens there."""
+    case, algo = random_case(seed), algorithm(name)
+    mask_BT, targets = case.batch.action_mask, algo.targets(case.batch, case.scores)
+    each_BT = 2 * torch.rand(mask_BT.shape, generator=torch.Generator().manual_seed(seed)).double() * mask_BT
+    each_BT[:, 2] = 0.0  # which is an action in every row
+    found = []
+    for weights_BT in (each_BT, row_mean(each_BT, mask_BT)):
+        new = case.logprobs.clone().requires_grad_()
+        forward = Forward(new, torch.zeros_like(new), torch.zeros_like(new))
+        weighted = replace(targets, advantages=targets.advantages * weights_BT)
+        out = algo.token_loss(forward, case.batch, case.scores, weighted)
+        (out.loss * token_weights(mask_BT, algo.weighting)).sum().backward()
+        assert new.grad is not None
+        found.append(new.grad)
+    assert torch.allclose(found[0], found[1], atol=1e-12)
+    kept_B = (found[0][:, 2] != 0) == (found[0] != 0).any(1)
+    assert kept_B.all()
 
 
 def test_on_policy_rloo_is_reinforce_on_whole_trajectories():

@@ -212,6 +212,8 @@ def test_one_trajectory_a_problem_is_refused_where_siblings_are_compared(
 OTHERS = {
     "algo=dr_grpo algo.max_tokens=0": "algo: max_tokens must be at least 1, got 0",
     "algo=gspo algo.clip_low=-1": "algo: clip_low must be 0 or more, got -1.0",
+    "algo=gspo correction.bound=mask": "correction.bound=mask at correction.level=token leaves out tokens, and GSPO ",
+    "algo=rloo correction.bound=mask": "correction.bound=mask at correction.level=token leaves out tokens, and RLOO ",
     "algo=max_rl algo.weighting=all": "algo.weighting must be 'token' or 'sequence', got 'all'",
     "reward=torl reward.error_penalty=-1": "reward: error_penalty must be 0 or more, got -1.0",
     "reward=toolrl reward.matching=gredy": "reward.matching must be 'greedy' or 'optimal', got 'gredy'. Did you mean ",

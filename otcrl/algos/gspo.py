@@ -31,6 +31,7 @@ class GSPO:
     trains_entropy = False
     only_advantages_matter = True
     weighting = "sequence"
+    whole_ratio = True
 
     def targets(self, batch: Batch, scores: Scores) -> Targets:
         advantages_B = F.group_advantages(batch.rewards, batch.group_ids, normalize=True, std_floor=self.std_floor)

@@ -29,6 +29,7 @@ class RLOO:
     trains_entropy = False
     only_advantages_matter = True
     weighting = "sequence"
+    whole_ratio = True
 
     @property
     def needs_reference(self) -> bool:
