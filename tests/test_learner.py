@@ -350,6 +350,25 @@ def test_policy_and_critic_are_clipped_and_stepped_apart():
     assert set(learner.backends) == {"policy", "critic"}
 
 
+@pytest.mark.parametrize(("max_grad_norm", "matters"), [(1e9, False), (30.0, True)], ids=["not clipped", "clipped"])
+def test_the_weight_of_the_value_loss_matters_to_a_critic_of_its_own_only_by_clipping(max_grad_norm, matters):
+    """AdamW divides a gradient by its own scale, unless steps are scaled apart: conf/algo/ppo.yaml says so."""
+    critics, norms = [], []
+    for value_coef in (0.1, 10.0):
+        algo = ppo(value_coef=value_coef)
+        learner = make_learner(algo, max_grad_norm=max_grad_norm)
+        for step, seed in enumerate((0, 1, 2)):
+            batch = random_batch(seed)
+            batch = replace(batch, rewards=batch.rewards * 3**step)
+            scores = learner.score(batch)
+            found = learner.update(step, batch, scores, algo.targets(batch, scores), algo)
+            norms.append(found["update/critic_grad_norm"])
+        assert learner.critic is not None
+        critics.append(torch.cat([p.detach().flatten() for p in learner.critic.parameters()]))
+    assert max(norms[:3]) < 30.0 < min(norms[3:])
+    assert ((critics[0] - critics[1]).abs().max().item() > 1e-4) is matters  # the rest is its 1e-8 in the denominator
+
+
 def test_an_untrained_critic_says_nothing_and_never_sees_the_token_it_values():
     critic, ids = Critic(POLICY), random_batch().token_ids
     assert (critic(ids) == 0).all()
