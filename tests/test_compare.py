@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otcrl import cli
@@ -116,6 +116,7 @@ def both(outcomes: Sequence[tuple[bool, int, bool, int]]) -> tuple[list[Attempt]
     return attempts(*first), attempts(*second)
 
 
+@settings(deadline=None)
 @given(OUTCOMES)
 def test_behaviour_splits_the_questions_and_accuracy_explains_the_change_of_em(
     outcomes: list[tuple[bool, int, bool, int]],
@@ -127,6 +128,7 @@ def test_behaviour_splits_the_questions_and_accuracy_explains_the_change_of_em(
     assert found.figures["em"].change.value == pytest.approx(share["more_accurate"] - share["less_accurate"], abs=1e-12)
 
 
+@settings(deadline=None)
 @given(OUTCOMES)
 def test_changing_sides_changes_every_sign(outcomes: list[tuple[bool, int, bool, int]]) -> None:
     first, second = both(outcomes)
@@ -141,6 +143,7 @@ def test_changing_sides_changes_every_sign(outcomes: list[tuple[bool, int, bool,
             assert back.change.value == -there.change.value
 
 
+@settings(deadline=None)
 @given(OUTCOMES)
 def test_a_run_against_itself_shows_nothing(outcomes: list[tuple[bool, int, bool, int]]) -> None:
     first, _ = both(outcomes)
@@ -241,6 +244,7 @@ def test_several_attempts_at_a_question_count_by_their_mean() -> None:
     assert (found.behaviour.p_efficient, found.behaviour.p_accurate) == (1, 1)  # of one question
 
 
+@settings(deadline=None)
 @given(OUTCOMES, st.integers(1, 3), st.integers(1, 3))
 def test_the_same_attempts_again_are_no_more_questions(
     outcomes: list[tuple[bool, int, bool, int]], times: int, other_times: int
