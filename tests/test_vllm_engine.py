@@ -11,9 +11,10 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import pytest
 import torch
@@ -26,8 +27,8 @@ from otcrl.errors import EngineError
 from otcrl.models.policy import token_logprobs
 from otcrl.protocols import Completion
 from otcrl.rollout import vllm_engine
-from otcrl.rollout.publication import Publisher
-from otcrl.rollout.submission import before_half_stop
+from otcrl.rollout.publication import Message, Publisher
+from otcrl.rollout.submission import before_half_stop, sampling
 from otcrl.rollout.vllm_engine import VLLMEngine
 from otcrl.rollout.vllm_launch import OwnFolder, arguments, check_settings, check_vllm, child_environment, visible
 from tests.test_bad_input import ROOT
@@ -58,7 +59,7 @@ class Running:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.model = fresh_model()
-        self.engine = make(self.model)
+        self.engine = make(self.model, max_deaths=2)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.loop.run_until_complete(asyncio.wait_for(work, 240))
@@ -288,18 +289,35 @@ def test_a_parameter_damaged_on_its_way_is_named_and_nothing_is_sampled_after_th
     known.run(known.generate())
 
 
+def test_the_weights_of_an_earlier_version_are_not_taken_for_the_new_ones(known, monkeypatch):
+    late = Publisher(known.model, by_handle=False)
+    stale, version = late.prepare(known.model.named_parameters(), known.engine.version), known.engine.version + 1
+    with monkeypatch.context() as patch:
+        patch.setattr(known.engine._publisher, "prepare", lambda weights, version: replace(stale, version=version))
+        with pytest.raises(EngineError, match=f"worker 0 has weights of version {version - 1}, and {version} was"):
+            known.publish(fresh_model(seed=9))
+    late.close()
+
+
 # -- its end -------------------------------------------------------------------------------------------
 
 
+def worker_of(core: int) -> int:
+    """The process that computes; vLLM's core is its parent."""
+    children = Path(f"/proc/{core}/task/{core}/children").read_text().split()
+    return next(int(child) for child in children if b"Worker" in Path(f"/proc/{child}/cmdline").read_bytes())
+
+
 def test_an_engine_that_is_killed_comes_back_with_its_weights_and_the_same_draws(known):
-    """And when it dies more often than allowed, the run hears why."""
+    """Its core, or only a worker; and when it dies more often than allowed, the run hears why."""
     other = fresh_model(seed=9)
     known.publish(other)
 
-    async def crowd(kill: bool) -> list[Completion]:
+    async def crowd(kill: Literal["", "core", "worker"] = "") -> list[Completion]:
         async def killer() -> None:
             await asyncio.sleep(0.1)
-            os.kill(known.engine._processes[0].pid, signal.SIGKILL)
+            core = known.engine._processes[0].pid
+            os.kill(worker_of(core) if kill == "worker" else core, signal.SIGKILL)
 
         killing = asyncio.create_task(killer()) if kill else None
         found = await asyncio.gather(*(known.generate(session=f"s{i}", seed=i, max_tokens=150) for i in range(6)))
@@ -307,19 +325,34 @@ def test_an_engine_that_is_killed_comes_back_with_its_weights_and_the_same_draws
             await killing
         return found
 
-    undisturbed = known.run(crowd(kill=False))
-    disturbed = known.run(crowd(kill=True))
-    assert known.engine.deaths == 1
-    assert [c.token_ids for c in disturbed] == [c.token_ids for c in undisturbed]
-    with pytest.raises(EngineError, match=r"died 2 times in this run, more than engine.max_deaths=1.*code -9"):
-        known.run(crowd(kill=True))
+    undisturbed = known.run(crowd())
+    for deaths, victim in enumerate(("worker", "core"), start=1):
+        disturbed = known.run(crowd(victim))
+        assert known.engine.deaths == deaths, victim
+        assert [c.token_ids for c in disturbed] == [c.token_ids for c in undisturbed], victim
+    with pytest.raises(EngineError, match=r"died 3 times in this run, more than engine.max_deaths=2.*code -9"):
+        known.run(crowd("core"))
 
 
 def test_an_engine_that_dies_while_it_is_given_weights_is_started_again_and_given_them():
-    """vLLM's own answer never comes then. With requests in flight, which must not hold up the publication."""
+    """vLLM's own answer never comes then. With requests in flight, which must not hold up the publication.
+
+    Before that: the first set that a new engine is given lacks a parameter, on its way; vLLM itself only warns of it.
+    """
 
     async def main() -> None:
         model, engine = fresh_model(), make(fresh_model(), max_deaths=2)
+        whole = engine._publisher.prepare
+
+        def without_norm(weights: Any, version: int) -> Message:
+            message = whole(weights, version)
+            entries = [entry for entry in message.content["entries"] if entry["name"] != "model.norm.weight"]
+            return replace(message, content={**message.content, "entries": entries})
+
+        engine._publisher.prepare = without_norm
+        with pytest.raises(EngineError, match=r"worker 0 has not taken model\.norm\.weight: vLLM has no value there"):
+            await engine.load_weights(model.named_parameters(), 1)
+        engine._publisher.prepare = whole
         await engine.load_weights(model.named_parameters(), 1)
         honest, other = engine._deliver, fresh_model(seed=9)
 
@@ -507,29 +540,42 @@ def test_a_request_that_vllm_cannot_answer_ends_the_run_with_its_reason():
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_a_revival_that_fails_beside_the_learner_is_tried_again_and_a_first_start_is_not(monkeypatch):
+FAILED = RuntimeError("Engine core initialization failed")
+
+
+def starting(starts: list[Talker | RuntimeError]) -> VLLMEngine:
+    """An engine whose starts end so, one after the other."""
+
+    def construct(folder: Path) -> Talker:
+        if isinstance(made := starts.pop(0), RuntimeError):
+            raise made
+        return made
+
+    engine = make(fresh_model(), max_deaths=1)
+    engine._construct = construct  # pyright: ignore[reportAttributeAccessIssue]
+    return engine
+
+
+def test_a_revival_that_fails_beside_the_learner_is_tried_again(monkeypatch):
     monkeypatch.setattr(vllm_engine, "AGAIN_S", 0.01)
 
     async def main() -> None:
-        engine, failed = make(fresh_model(), max_deaths=1), RuntimeError("Engine core initialization failed")
-        for starts, expected in (([failed], "did not start: Engine core"), ([Talker(dies="generate"), failed], "")):
-            starts += [failed, Talker()]
+        engine = starting([Talker(dies="generate"), FAILED, FAILED, Talker()])
+        done = await engine.generate(PROMPT, session="s", stop=(), max_tokens=1, temperature=1.0, seed=1)
+        assert done.token_ids == [5]
+        assert engine.deaths == 1
+        await engine.close()
 
-            def construct(folder: Path, starts: list[Any] = starts) -> Talker:
-                if isinstance(made := starts.pop(0), Exception):
-                    raise made
-                return made
+    asyncio.run(asyncio.wait_for(main(), 60))
 
-            engine._construct = construct  # pyright: ignore[reportAttributeAccessIssue]
-            asked = engine.generate(PROMPT, session="s", stop=(), max_tokens=1, temperature=1.0, seed=1)
-            if expected:
-                with pytest.raises(EngineError, match=expected):
-                    await asked
-                assert len(starts) == 2, "a setting may be wrong: nobody waits for that again and again"
-                engine._has_begun = False
-            else:
-                assert (await asked).token_ids == [5]
-                assert not starts
+
+def test_a_first_start_that_fails_is_not_tried_again():
+    """A setting is wrong, and nobody shall wait for it twice."""
+
+    async def main() -> None:
+        engine = starting([FAILED])
+        with pytest.raises(EngineError, match="vLLM did not start: Engine core initialization failed"):
+            await engine.load_weights(engine.model.named_parameters(), 1)
         await engine.close()
 
     asyncio.run(asyncio.wait_for(main(), 60))
@@ -801,6 +847,15 @@ def test_while_vllm_starts_other_threads_keep_their_environment(monkeypatch):
 
 def test_the_installed_vllm_is_one_that_is_known():
     check_vllm()
+
+
+def test_a_stop_string_that_is_one_token_ends_the_engine_itself_there():
+    one, ends = TOKENIZER.encode("</search>"), TOKENIZER.stop_ids
+    assert len(one) == 1
+    stopped = sampling(["</search>", "so it is"], 8, 1.0, 0, TOKENIZER)
+    assert stopped["stop_token_ids"] == sorted({*one, *ends})
+    assert stopped["stop"] == ["</search>", "so it is"]
+    assert sampling(["so it is"], 8, 1.0, 0, TOKENIZER)["stop_token_ids"] == sorted(ends)
 
 
 def test_a_half_written_stop_string_is_taken_back_for_the_next_attempt():
