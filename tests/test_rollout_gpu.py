@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +18,7 @@ def starts_a_child(*_: object) -> float:
 
 def test_plain_vllm_runs_in_a_process_that_may_have_children(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    import rollout_gpu
+    rollout_gpu = importlib.import_module("rollout_gpu")
 
     monkeypatch.setattr(rollout_gpu, "plain", starts_a_child)
     assert rollout_gpu.in_process(cast(Any, None), [], False) == 0
