@@ -126,7 +126,7 @@ WORLDS = {
             "task.demo_direct=0.15",
             "task.demo_extra=0.7",
         ),
-        training=("loop.steps=24", *RL_SEARCH[1:]),
+        training=("loop.steps=20", *RL_SEARCH[1:]),
         systems={"search_r1_grpo": ["reward=outcome"], "otc_grpo": ["reward=otc_grpo", "reward.c=4.0"]},
         seeds={"search_r1_grpo": (0, 1), "otc_grpo": (0, 1)},
     ),

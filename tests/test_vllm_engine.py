@@ -308,6 +308,16 @@ def worker_of(core: int) -> int:
     return next(int(child) for child in children if b"Worker" in Path(f"/proc/{child}/cmdline").read_bytes())
 
 
+def test_the_sockets_of_an_engine_lie_in_its_folder_which_goes_when_it_is_killed(known):
+    """The folder of a killed owner is removed by the next one: below."""
+    from vllm.utils.network_utils import get_open_zmq_ipc_path
+
+    folder = known.engine._folder.path
+    with child_environment(None, 1, folder):
+        assert Path(get_open_zmq_ipc_path().removeprefix("ipc://")).parent == folder
+    assert [path for path in folder.iterdir() if path.is_socket()]
+
+
 def test_an_engine_that_is_killed_comes_back_with_its_weights_and_the_same_draws(known):
     """Its core, or only a worker; and when it dies more often than allowed, the run hears why."""
     other = fresh_model(seed=9)
@@ -776,16 +786,6 @@ def test_vllms_sockets_lie_in_the_engines_folder_unless_the_path_would_be_too_lo
     monkeypatch.setenv("VLLM_RPC_BASE_PATH", "/my/own")
     with child_environment(None, cpu_cache_gib=1, folder=Path("/x")):
         assert os.environ["VLLM_RPC_BASE_PATH"] == "/my/own"
-
-
-def test_a_killed_engine_leaves_nothing_behind_and_its_sockets_do_not_lie_elsewhere(known):
-    """Run after others: also what its processes have left when they were killed."""
-    from vllm.utils.network_utils import get_open_zmq_ipc_path
-
-    folder = known.engine._folder.path
-    with child_environment(None, 1, folder):
-        assert Path(get_open_zmq_ipc_path().removeprefix("ipc://")).parent == folder
-    assert [path for path in folder.iterdir() if path.is_socket()]
 
 
 def killed_in_its_folder(within: Path) -> None:

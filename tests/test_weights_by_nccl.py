@@ -409,6 +409,7 @@ def test_and_the_process_ends_though_nobody_wakes_the_thread():
 def test_a_worker_that_waits_for_weights_in_vain_leaves_their_group():
     worker, first, second = Receiver(), Hanging(), Hanging()
     worker.model_runner = SimpleNamespace(get_model=lambda: MODEL)
+    worker.vllm_config = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"))
     engine = SimpleNamespace(model_update_group=first)
     worker.weight_transfer_engine = engine  # pyright: ignore[reportAttributeAccessIssue]
     worker.otcrl_remember(0.2)
