@@ -42,7 +42,8 @@ def together(request, tmp_path_factory) -> dict[str, Any]:
     """What several ranks have computed."""
     pytest.importorskip("deepspeed")
     path = tmp_path_factory.mktemp("ranks") / "found.pt"
-    run = torchrun(request.param, "-m", "tests.ranks", str(path))
+    at_once = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed tensors go back to the system: what is in use can be measured
+    run = torchrun(request.param, "-m", "tests.ranks", str(path), seconds=600, **at_once)
     assert run.returncode == 0, run.stderr[-9000:]
     return torch.load(path, weights_only=False)
 
@@ -142,7 +143,7 @@ def test_no_rank_ever_has_the_whole_of_a_split_model(together):
     found, parameters = together["from file"], dict(ranks.large().named_parameters())
     nbytes = sum(p.numel() for p in parameters.values()) * 4
     assert nbytes > 120e6
-    assert found["loading"] < 0.9 * nbytes  # this rank's half, what is under way, and what Python took meanwhile
+    assert found["loading"] < 0.75 * nbytes  # half of it for this rank, and what is under way
     layer = sum(p.numel() for name, p in parameters.items() if name.startswith("model.layers.0."))
     assert 0 < found["at once"] <= layer
     assert found["left"] == 0
