@@ -222,6 +222,17 @@ def test_demo_direct_and_demo_extra_are_shares_of_the_demonstrations() -> None:
         tiny(demo_direct=0.7, demo_extra=0.5)
 
 
+def test_demonstrations_search_for_titles_or_for_the_question_and_once_too_often_for_the_other() -> None:
+    task = tiny(demo_query="question", demo_extra=1.0)
+    questions, titles = {p.question for p in task.sample(0, 400)}, {p.title for p in task.passages.values()}
+    for demo in task.demonstrations(0, 4, TAGS):
+        *needed, redundant = [call.arguments for call in calls(demo, TAGS)]
+        assert len(set(needed)) == 1 and needed[0] in questions
+        assert redundant in titles
+    with pytest.raises(ConfigError, match=r"demo_query must be title or question, got 'titel'. Did you mean 'title'?"):
+        tiny(demo_query="titel")
+
+
 def test_thoughts_say_what_is_looked_up() -> None:
     (demo,) = tiny(thoughts=True).demonstrations(0, 1, TAGS)
     query = calls(demo, TAGS)[0].arguments
