@@ -227,7 +227,8 @@ def test_demonstrations_search_for_titles_or_for_the_question_and_once_too_often
     questions, titles = {p.question for p in task.sample(0, 400)}, {p.title for p in task.passages.values()}
     for demo in task.demonstrations(0, 4, TAGS):
         *needed, redundant = [call.arguments for call in calls(demo, TAGS)]
-        assert len(set(needed)) == 1 and needed[0] in questions
+        assert len(set(needed)) == 1
+        assert needed[0] in questions
         assert redundant in titles
     with pytest.raises(ConfigError, match=r"demo_query must be title or question, got 'titel'. Did you mean 'title'?"):
         tiny(demo_query="titel")
