@@ -133,13 +133,10 @@ def write(
     refused: list[DataError] = []
     for split, where, rows in splits:
         path, found, partial = folder / f"{split}.jsonl.gz", list[Problem](), list[str]()
+        every = records(rows, where, skip_bad_rows, reader)
         try:
             with whole(path) as file:
-                every = records(rows, where, skip_bad_rows, reader)
-                taken = (
-                    islice(every, limit) if limit is None or seed is None else drawn(every, limit, f"{seed}/{split}")
-                )
-                for position, place, row, record in taken:
+                for position, place, row, record in taken(every, limit, None if seed is None else f"{seed}/{split}"):
                     found.append(to_problem(record, row, name, split, position, place))
                     partial += [f"{place}: {list(record.gold_missing)}"] if record.gold_missing else []
                     put(file, line(found[-1], name, gold_ids(record, passages, name), record.gold_missing), place)
@@ -164,14 +161,24 @@ def write(
         raise refused[0]
     if passages:
         path = folder / "corpus.jsonl.gz"
-        if path.is_file():  # what is here of another split points into it
-            earlier = (row for _, row in read_json_lines(path) if isinstance(row, dict))
-            passages = {str(row["id"]): (str(row["title"]), str(row["text"])) for row in earlier} | passages
-        with whole(path) as file:
-            for key, (title, text) in passages.items():
-                put(file, {"id": key, "title": title, "text": text}, str(path))
-        written[path] = len(passages)
+        written[path] = write_corpus(path, passages)
     return written
+
+
+def write_corpus(path: Path, passages: Mapping[str, Passage]) -> int:
+    """The number of passages in it: also those that are there, as what is here of another split points at them."""
+    if path.is_file():
+        earlier = (row for _, row in read_json_lines(path) if isinstance(row, dict))
+        passages = {str(row["id"]): (str(row["title"]), str(row["text"])) for row in earlier} | dict(passages)
+    with whole(path) as file:
+        for key, (title, text) in passages.items():
+            put(file, {"id": key, "title": title, "text": text}, str(path))
+    return len(passages)
+
+
+def taken(items: Iterable[T], limit: int | None, seed: str | None) -> Iterable[T]:
+    """The first `limit`, or as many drawn; all of them without a limit."""
+    return islice(items, limit) if limit is None or seed is None else drawn(items, limit, seed)
 
 
 def drawn(items: Iterable[T], count: int, seed: str) -> list[T]:

@@ -230,8 +230,10 @@ def test_demonstrations_search_for_titles_or_for_the_question_and_once_too_often
         assert len(set(needed)) == 1
         assert needed[0] in questions
         assert redundant in titles
-    with pytest.raises(ConfigError, match=r"demo_query must be title or question, got 'titel'. Did you mean 'title'?"):
-        tiny(demo_query="titel")
+    with pytest.raises(
+        ConfigError, match=r"task.demo_query must be 'title' or 'question', got 'titel'. Did you mean 'title'?"
+    ):
+        construct({"_target_": "otcrl.tasks.question_answering.QuestionAnswering", "demo_query": "titel"}, "task")
 
 
 def test_thoughts_say_what_is_looked_up() -> None:

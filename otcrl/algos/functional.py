@@ -96,6 +96,11 @@ def row_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return row_sum(values_BT, mask_BT) / mask_BT.sum(1, keepdim=True).clamp(min=1)
 
 
+def kl_penalty(coef: float, kl: Tensor) -> Tensor | float:
+    """What the loss adds for a KL; 0 without a coefficient, though the KL be inf there (0 times inf is NaN)."""
+    return coef * kl if coef else 0.0
+
+
 def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
     """PPO, arXiv:1707.06347 Eq. 7, negated:  -min(w A, clip(w, 1 - low, 1 + high) A),  w = pi / pi_old.
 

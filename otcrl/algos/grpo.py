@@ -51,8 +51,7 @@ class GRPO:
         span = (new.logprobs, scores.old_logprobs, targets.advantages, self.clip_low, self.clip_high)
         policy = F.clipped_surrogate(*span)
         kl = F.kl_k3(new.logprobs, scores.ref_logprobs)
-        penalty = self.kl_coef * kl if self.kl_coef else 0.0  # 0 times inf is NaN
-        loss = policy + penalty - self.entropy_coef * new.entropy
+        loss = policy + F.kl_penalty(self.kl_coef, kl) - self.entropy_coef * new.entropy
         stats = {"policy_loss": policy, "entropy": new.entropy, "clip_fraction": F.clip_fraction(*span)}
         stats |= {"kl": kl} if self.needs_reference else {}
         return TokenLoss(loss, stats)

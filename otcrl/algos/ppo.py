@@ -57,8 +57,7 @@ class PPO:
         policy = F.clipped_surrogate(*span)
         value = F.clipped_value_loss(new.values, scores.values, targets.returns, self.value_clip)
         kl = F.kl_k3(new.logprobs, scores.ref_logprobs)
-        penalty = self.kl_coef * kl if self.kl_coef else 0.0  # 0 times inf is NaN
-        loss = policy + self.value_coef * value + penalty - self.entropy_coef * new.entropy
+        loss = policy + self.value_coef * value + F.kl_penalty(self.kl_coef, kl) - self.entropy_coef * new.entropy
         stats = {"policy_loss": policy, "value_loss": value, "entropy": new.entropy}
         stats |= {"kl": kl} if self.needs_reference else {}
         return TokenLoss(loss, stats | {"clip_fraction": F.clip_fraction(*span)})

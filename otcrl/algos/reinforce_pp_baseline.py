@@ -51,4 +51,4 @@ class ReinforcePPBaseline:
         kl = F.kl_k2(new.logprobs, scores.ref_logprobs)
         stats = {"policy_loss": policy, "entropy": new.entropy, "clip_fraction": F.clip_fraction(*span)}
         stats |= {"kl": kl} if self.needs_reference else {}
-        return TokenLoss(policy + self.kl_coef * kl, stats)
+        return TokenLoss(policy + F.kl_penalty(self.kl_coef, kl), stats)

@@ -19,7 +19,7 @@ from otcrl.errors import EngineError, nearest
 from otcrl.models.published import is_split, published
 from otcrl.rollout.device_handles import Lender
 from otcrl.rollout.snapshot import Snapshot
-from otcrl.rollout.vllm_worker import fingerprint, holds
+from otcrl.rollout.vllm_worker import fingerprint, holds, module_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -162,6 +162,6 @@ def must_change(name: str, message: Message) -> bool:
     """Of the engine's parameter. vLLM joins some: a name that the learner has not changes if all of its module do."""
     if name in message.changed:
         return message.changed[name]
-    module = name.rpartition(".")[0].rpartition(".")[0] + "."
+    module = module_of(module_of(name)) + "."
     parts = [changed for own, changed in message.changed.items() if own.startswith(module)]
     return all(parts) if parts else message.all_changed

@@ -7,6 +7,7 @@ its requests too; then a request is submitted again as it was, and its seed make
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -120,3 +121,12 @@ def seed_at(seed: int, position: int) -> int:
 def stable_number(text: str) -> int:
     """64 bits, the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+async def drop_prefixes(who: str, reset: Callable[[], Awaitable[bool]]) -> None:
+    """What was computed with other weights. vLLM refuses while a request that was ended still holds blocks."""
+    for _ in range(RESETS):
+        if await reset():
+            return
+        await asyncio.sleep(RESET_S)
+    raise EngineError(f"{who} did not empty its prefix cache: it says that what old weights computed is still in use")

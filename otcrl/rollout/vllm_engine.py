@@ -33,7 +33,7 @@ from otcrl.protocols import Completion
 from otcrl.rollout.daemon import in_daemon_thread
 from otcrl.rollout.gate import LOOK_S, Common, Gate, deadline
 from otcrl.rollout.publication import Message, Publisher, check_delivery
-from otcrl.rollout.submission import RESET_S, RESETS, Part, check_request, complete, sampling
+from otcrl.rollout.submission import Part, check_request, complete, drop_prefixes, sampling
 from otcrl.rollout.vllm_launch import (
     OwnFolder,
     arguments,
@@ -237,16 +237,8 @@ class VLLMEngine:
         if self._sleeps:
             self._give_back_memory()
             await llm.wake_up(tags=["kv_cache"])
-        await self._drop_prefixes(llm)
+        await drop_prefixes("vLLM", llm.reset_prefix_cache)
         await llm.resume_generation()
-
-    async def _drop_prefixes(self, llm: AsyncLLM) -> None:
-        """What was computed with other weights. vLLM refuses while a request that was ended still holds blocks."""
-        for _ in range(RESETS):
-            if await llm.reset_prefix_cache():
-                return
-            await asyncio.sleep(RESET_S)
-        raise EngineError("vLLM did not empty its prefix cache: it says that what old weights computed is still in use")
 
     def _give_back_memory(self) -> None:
         """What the learner freed but torch keeps for it, and what was lent by handle: vLLM takes it for itself."""
@@ -309,7 +301,8 @@ class VLLMEngine:
 
     async def _constructed(self, folder: Path) -> AsyncLLM:
         """A revival may try again: vLLM gives up when a learner on its GPU frees memory while it measures its own."""
-        for start in itertools.count(1):
+        start = 1
+        while True:
             before = set(multiprocessing.active_children())
             try:
                 llm = await in_daemon_thread(lambda: self._construct(folder), "vLLM starts")
@@ -320,8 +313,8 @@ class VLLMEngine:
                     raise
                 tell(f"vLLM did not start ({error}); trying again", sys.stdout)
             await asyncio.sleep(start * AGAIN_S)
+            start += 1
             self._give_back_memory()
-        raise AssertionError("it has returned or raised")
 
     def _construct(self, folder: Path) -> AsyncLLM:
         devices = devices_of_rank(self.devices, self.model.device.type == "cuda")

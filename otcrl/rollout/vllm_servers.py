@@ -26,7 +26,7 @@ from otcrl.protocols import Completion
 from otcrl.rollout.completions_api import PATH, continued, scored, to_continue, to_score
 from otcrl.rollout.fleet import LONGEST_S, Fleet, Server, share_of_rank
 from otcrl.rollout.gate import Common, Gate, deadline
-from otcrl.rollout.submission import RESET_S, RESETS, Part, check_request, complete, sampling
+from otcrl.rollout.submission import Part, check_request, complete, drop_prefixes, sampling
 from otcrl.rollout.vllm_launch import check_context, check_dtype, check_version, torch_dtype
 from otcrl.rollout.vllm_worker import EXTENSION
 from otcrl.rollout.weights_by_file import WeightsByFile
@@ -220,14 +220,11 @@ class VLLMServers:
             await asyncio.sleep(0.005)  # some came while it paused, and it would keep them: once more
 
     async def _go_on(self, server: Server) -> None:
-        """Without what was computed with other weights. One that ended a request may still hold blocks of it."""
-        for _ in range(RESETS):
+        async def reset() -> bool:
             answer = await self._fleet.ask(server, "POST", "/reset_prefix_cache")
-            if not answer.content or answer.json()["success"]:  # before 0.28 it does not say
-                break
-            await asyncio.sleep(RESET_S)
-        else:
-            raise EngineError(f"{server.url} did not empty its prefix cache: old weights computed what is in it")
+            return not answer.content or answer.json()["success"]  # before 0.28 it does not say
+
+        await drop_prefixes(server.url, reset)
         await self._fleet.ask(server, "POST", "/resume")
 
     async def _check(self, server: Server) -> None:

@@ -86,8 +86,8 @@ class WeightsByNCCL:
         assert not again, "weights are not kept"
         try:
             return await self._bring(servers)
-        except BaseException:
-            self._end_group()  # nobody knows who is where in it
+        except BaseException:  # whatever it is goes on, and nobody knows who is where in the group
+            self._end_group()
             raise
 
     async def _bring(self, servers: Sequence[Server]) -> list[Server]:

@@ -64,10 +64,6 @@ class QuestionAnswering:
                 "demo_direct and demo_extra are shares of the demonstrations and must add up to at most 1, "
                 f"got {self.demo_direct} and {self.demo_extra}"
             )
-        if self.demo_query not in (choices := ("title", "question")):
-            raise ConfigError(
-                f"demo_query must be title or question, got {self.demo_query!r}.{nearest(self.demo_query, choices)}"
-            )
         for name, least in (("demo_passages", 1), ("demo_max_words", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
