@@ -43,7 +43,7 @@ DOORS = {  # only these files import it
     "pydantic": ("construct.py", *SERVERS),
     "fastapi": SERVERS,
     "httpx": ("tools/remote.py",),
-    "mcp": ("tools/mcp.py",),
+    "mcp": ("tools/mcp.py", "tools/mcp_mending.py"),
 }
 LAZY = {"torch", "transformers", "vllm", "deepspeed", "faiss", "bm25s", "datasets", "wandb", "gguf", "math_verify"}
 

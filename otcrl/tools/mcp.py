@@ -15,21 +15,19 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from otcrl.errors import ConfigError, ToolUnavailable, nearest
 from otcrl.protocols import ToolResult
+from otcrl.tools.mcp_mending import mending
 from otcrl.tools.python import shorten
 from otcrl.types import Outcome
 
 if TYPE_CHECKING:
     from mcp import Client
-    from mcp.client._transport import ReadStream, TransportStreams
-    from mcp.shared.message import SessionMessage
     from mcp.types import CallToolResult
     from mcp.types import Tool as RemoteTool
 
@@ -360,7 +358,7 @@ class Link:
                 cwd=server.folder,
                 encoding_error_handler="replace",  # else a byte that is no UTF-8 ends the connection
             )
-            yield _mending(stdio_client(parameters, errlog=self._stderr))
+            yield mending(stdio_client(parameters, errlog=self._stderr))
         elif server.token_env is None:
             yield streamable_http_client(server.url)
         else:
@@ -369,58 +367,6 @@ class Link:
             token = os.environ[server.token_env]
             async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {token}"}) as http:
                 yield streamable_http_client(server.url, http_client=http)
-
-
-@asynccontextmanager
-async def _mending(transport: AbstractAsyncContextManager[TransportStreams]) -> AsyncIterator[TransportStreams]:
-    async with transport as (heard, spoken):
-        yield Mending(heard), spoken
-
-
-@dataclass(frozen=True)
-class Mending:
-    """The server's messages; one that holds half a surrogate pair has "?" for it.
-
-    The SDK's reader of JSON takes no such message, and whoever waits for it would wait in vain.
-    """
-
-    stream: ReadStream[SessionMessage | Exception]
-
-    async def receive(self) -> SessionMessage | Exception:
-        return _mended(await self.stream.receive())
-
-    async def aclose(self) -> None:
-        await self.stream.aclose()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> SessionMessage | Exception:
-        return _mended(await self.stream.__anext__())
-
-    async def __aenter__(self) -> Self:
-        await self.stream.__aenter__()
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc_val: BaseException | None, exc_tb: TracebackType | None
-    ) -> bool | None:
-        return await self.stream.__aexit__(exc_type, exc_val, exc_tb)
-
-
-def _mended(message: SessionMessage | Exception) -> SessionMessage | Exception:
-    """The message that an error of the SDK's reader was about, if Python can read it; else as it is."""
-    from mcp.shared.message import SessionMessage
-    from mcp.types import jsonrpc_message_adapter
-
-    if isinstance(message, SessionMessage) or not isinstance(message, ValueError):
-        return message
-    try:
-        (wrong,) = getattr(message, "errors", list)()  # pydantic's
-        text = json.dumps(json.loads(wrong["input"]), ensure_ascii=False).encode(errors="replace")
-        return SessionMessage(jsonrpc_message_adapter.validate_json(text, by_name=False))
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return message
 
 
 def _why(error: BaseException) -> str:
