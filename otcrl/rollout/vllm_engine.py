@@ -43,6 +43,7 @@ from otcrl.rollout.vllm_launch import (
     devices_of_rank,
     save_description,
     sees_learner,
+    sleeps,
     torch_dtype,
 )
 from otcrl.tell import tell
@@ -86,7 +87,7 @@ class VLLMEngine:
         check_vllm()
         check_settings(self)
         on_gpu = self.model.device.type == "cuda"
-        self._sleeps = on_gpu and self.sleep_level > 0 and sees_learner(self)
+        self._sleeps = sleeps(self)
         self._check_options()
         self._llm: AsyncLLM | None = None
         self._processes: list[Any] = []

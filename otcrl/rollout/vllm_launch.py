@@ -90,6 +90,11 @@ def sees_learner(engine: VLLMEngine) -> bool:
     return engine.devices is None or (engine.model.device.index or 0) in engine.devices
 
 
+def sleeps(engine: VLLMEngine) -> bool:
+    """Whether it gives its GPU's memory to the learner while that one works."""
+    return engine.model.device.type == "cuda" and engine.sleep_level > 0 and sees_learner(engine)
+
+
 def check_dtype(name: str | None) -> None:
     """Raises ValueError for a type that weights cannot have."""
     if name not in (None, *DTYPES):
@@ -110,8 +115,7 @@ def check_context(context: int, model: PreTrainedModel) -> None:
 def arguments(engine: VLLMEngine, folder: Path) -> dict[str, Any]:
     """Of vLLM's AsyncEngineArgs, those that otcrl sets; `folder` has the model's description."""
     on_gpu = engine.model.device.type == "cuda"
-    sleeps = engine.sleep_level > 0 and sees_learner(engine)
-    for_gpu = {"gpu_memory_utilization": engine.gpu_memory, "enable_sleep_mode": sleeps}
+    for_gpu = {"gpu_memory_utilization": engine.gpu_memory, "enable_sleep_mode": sleeps(engine)}
     for_cpu = {
         "block_size": 32,  # vLLM's own 128 would compute up to 127 tokens of a trajectory again at every turn
         # A prompt in pieces would kill vLLM: it rewinds a request's seeded generator, which torch cannot on CPU.
