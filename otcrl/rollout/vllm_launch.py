@@ -20,6 +20,7 @@ import torch
 
 from otcrl import dist
 from otcrl.errors import ConfigError
+from otcrl.models.pretrained import DTYPES
 from otcrl.rollout.vllm_worker import EXTENSION
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ FIRST, LAST = (0, 20), (0, 33)  # versions of vLLM whose interfaces otcrl knows
 FOLDER, OWNED = "otcrl-vllm-", "owned"  # names: of an engine's folder, and of the file in it that its owner holds
 SOCKET = 1 + 36  # characters of the name of vLLM's sockets in their folder
 LONGEST = 107  # path of a socket
-DTYPES = ("float32", "bfloat16", "float16")
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 ALLOCATORS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 # what vLLM sets in this process for its own
