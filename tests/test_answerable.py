@@ -1,0 +1,37 @@
+"""The benchmark's choice of questions that a corpus answers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from otcrl.tasks.records import read_rows
+from otcrl.tools.retrieval.build import build_index
+from otcrl.tools.retrieval.corpus import Passage
+from otcrl.tools.retrieval.encode import HashingEncoder
+
+ROWS = [
+    {"id": "a", "question": "what is the capital of Norway", "answers": ["Oslo"]},
+    {"id": "b", "question": "what is the capital of Italy", "answers": ["Milan"]},  # not what the passage says
+    {
+        "id": "c",
+        "question": "what is the capital of Norway",
+        "answers": ["Oslo"],
+    },  # word by word as before: the later one is kept
+    {"id": "d", "question": "who was born in the capital of Italy", "answers": ["Nero"]},  # beyond what is shown
+]
+
+
+def test_a_question_is_kept_if_the_shown_part_of_its_best_passage_holds_an_answer(tmp_path: Path, monkeypatch):
+    italy = "The capital of Italy is Rome, in which was born the emperor Nero"
+    passages = [Passage("no", "Norway", "The capital of Norway is Oslo"), Passage("it", "Italy", italy)]
+    build_index(passages, HashingEncoder(dimension=256), tmp_path / "index")
+    (tmp_path / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    out = tmp_path / "nq/test.jsonl.gz"
+    words = [str(tmp_path / "test.jsonl"), "--index", str(tmp_path / "index"), "--words", "8", "--out", str(out)]
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", ["answerable.py", *words])
+    importlib.import_module("answerable").main()
+    assert list(read_rows(str(out))) == [ROWS[2] | {"gold_ids": ["no"]}]
