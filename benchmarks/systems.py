@@ -3,6 +3,7 @@
     otcrl models smollm2 out=models/smollm2
     python benchmarks/systems.py python                        # ToRL-GRPO and OTC-GRPO, seeds 0 and 1
     OTCRL_DATA=DIR python benchmarks/systems.py search         # Search-R1 and OTC, by PPO and by GRPO
+    OTCRL_DATA=DIR python benchmarks/systems.py untrained      # the model as it is: direct, CoT, RAG, IRCoT, TIR
     python benchmarks/systems.py python --jobs 2 --only otc_grpo-0 torl_grpo-0
 
 Every run is an ordinary `otcrl train` of one thread. What is there is not repeated, what was cut off goes on. A cold
@@ -22,6 +23,7 @@ from pathlib import Path
 
 OTCRL = [sys.executable, "-m", "otcrl"]
 FILES = "${{oc.env:OTCRL_DATA}}/{}/train.jsonl.gz"
+TEST = ",".join(f"${{oc.env:OTCRL_DATA}}/{name}/test.jsonl.gz" for name in ("hotpotqa", "2wikimultihopqa", "musique"))
 PPO = ["algo=ppo", "algo.kl_reward_coef=0.0", "rollout.group_size=1"]  # with a body of its own for the critic
 HOTPOTQA = [f"task.train=[{FILES.format('hotpotqa')}]", "task.in_domain=[hotpotqa]"]  # guessing seldom pays there
 
@@ -32,6 +34,7 @@ SEARCH = (
     *("tools.search.topk=1", "task.demo_passages=1"),  # one passage of 40 words: half the tokens of two of 30
     *("tools.search.max_passage_words=40", "task.demo_max_words=40"),
 )
+NO_SEARCH = ("tools=none", "rollout.limits.max_calls=0", "rollout.limits.max_turns=1")
 RL_SEARCH = ("loop.steps=32", "model.dtype=bfloat16", "learner.policy_optimizer.lr=3e-5")
 
 
@@ -105,6 +108,13 @@ WORLDS = {
             "otc_grpo_hotpotqa": (0, 1),
         },
     ),
+    "no_search": World(  # the rows SFT (the start) and R1-Base: the same questions, answered without a search
+        settings=(*SEARCH, *NO_SEARCH),
+        start=("sft.steps=80", "task.demo_direct=1"),
+        training=RL_SEARCH,
+        systems={"r1_base": ["reward=outcome"]},
+        seeds={"r1_base": (0,)},
+    ),
     "overcalling": World(  # search from a start that over-calls: 0.75 of its demonstrations search once too often
         settings=SEARCH,
         start=("sft.steps=80", "task.demo_direct=0.15", "task.demo_extra=0.75"),
@@ -112,36 +122,52 @@ WORLDS = {
         systems={"search_r1_grpo": ["reward=outcome"], "otc_grpo": ["reward=otc_grpo", "reward.c=10.0"]},
         seeds={"search_r1_grpo": (0, 1), "otc_grpo": (0, 1)},
     ),
-    "single_hop": World(  # of NQ-open what the passages answer: one search suffices, and two were shown
+    "single_hop": World(  # of NQ-open what the passages answer: one search suffices, two were shown as often
         settings=(
             *("conf=smollm2_search", "task.seed=0", "task.max_test=150", "task.in_domain=[nq]"),
             "task.train=[runs/single_hop/nq/train.jsonl.gz]",  # EfficientQA is held out
             "task.test=[runs/single_hop/nq/test.jsonl.gz,runs/single_hop/efficientqa/test.jsonl.gz]",
             *("tools.search.topk=1", "task.demo_passages=1", "task.demo_query=question"),
-            *("tools.search.max_passage_words=40", "task.demo_max_words=40"),
+            *("tools.search.max_passage_words=40", "task.demo_max_words=40", "evaluate.sampled=true"),
         ),
         start=(
-            "model.path=runs/systems/search/start/model",
-            "sft.steps=24",
-            "task.demo_direct=0.15",
-            "task.demo_extra=0.7",
+            *("model.path=runs/systems/search/start/model", "sft.steps=32"),
+            *("task.demo_direct=0.05", "task.demo_extra=0.55"),
         ),
-        training=("loop.steps=20", *RL_SEARCH[1:]),
+        training=("loop.steps=24", *RL_SEARCH[1:], "rollout.group_size=8"),
         systems={"search_r1_grpo": ["reward=outcome"], "otc_grpo": ["reward=otc_grpo", "reward.c=4.0"]},
         seeds={"search_r1_grpo": (0, 1), "otc_grpo": (0, 1)},
     ),
 }
 
+UNTRAINED = {  # SmolLM2 as it is, on the held-out questions of `search`, by the presets of these names
+    "direct": [],
+    "cot": ["rollout.limits.max_turn_tokens=256"],
+    "rag": ["rollout.limits.max_observation_tokens=512"],
+    "ircot": ["rollout.limits.max_observation_tokens=512", "rollout.limits.max_tokens=1536"],
+    "tir": ["rollout.limits.max_observation_tokens=512"],
+}
+ASKED = (
+    *(f"task.test=[{TEST}]", "task.max_test=100", "task.seed=0", "task.in_domain=[hotpotqa,2wikimultihopqa]"),
+    *("model=models/smollm2", "scale=small", "threads=1"),
+)
+INDEX = ("tools.search.corpus=[]", "tools.search.index=indexes/multihop", "encoder@tools.search.encoder=minilm")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("world", choices=list(WORLDS))
+    parser.add_argument("world", choices=[*WORLDS, "untrained"])
     parser.add_argument("--runs", type=Path, default=Path("runs/systems"), help="the directory of all runs")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--only", nargs="*", default=[], help="of the runs, e.g. otc_grpo-0; all")
     parser.add_argument("--dry", action="store_true", help="print the commands")
     options = parser.parse_args()
 
+    if options.world == "untrained":
+        for name, settings in UNTRAINED.items():
+            if not options.only or name in options.only:
+                ask(name, settings, options.runs / "untrained" / name, options.dry)
+        return
     world, folder = WORLDS[options.world], options.runs / options.world
     start = folder / "start"
     own = ["name=start", f"run_dir={start}", "threads=1"]
@@ -160,6 +186,12 @@ def train(world: World, system: str, seed: int, *, start: Path, runs: Path, dry:
     weights = [f"model.path={start}/model", "sft.steps=0", "evaluate.before=false"]
     command = [*OTCRL, "train", *world.settings, *world.training, *world.systems[system], *own, *weights]
     once(folder, "summary.json", command, dry)
+
+
+def ask(system: str, settings: Sequence[str], folder: Path, dry: bool) -> None:
+    searches = () if system in ("direct", "cot") else (*INDEX, "tools.search.max_passage_words=40")
+    command = [*OTCRL, "eval", f"conf={system}", *ASKED, *searches, *settings, f"name={system}", f"run_dir={folder}"]
+    once(folder, "eval/greedy/report.json", command, dry)
 
 
 def once(folder: Path, result: str, command: Sequence[str], dry: bool) -> None:

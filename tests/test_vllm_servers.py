@@ -310,6 +310,11 @@ def test_a_server_that_is_too_small_is_told_with_what_to_start(known):
     known.run(engine.close())
 
 
+def test_a_learner_without_a_gpu_cannot_broadcast_from_it(known):
+    with pytest.raises(ValueError, match="transport nccl needs a model on a GPU, and it is on cpu: use file"):
+        make([known.servers[0].url], known.model, transport="nccl")
+
+
 def test_a_server_that_is_not_there_is_waited_for_and_then_named(known):
     url = f"http://127.0.0.1:{free_port()}"
     engine = make([url], known.model, patience_s=1)

@@ -131,6 +131,7 @@ class Receiving:
     unchanged: tuple[str, ...] = ()  # parameters that keep their old values
     fails: str = ""  # at this route
     lost_at: str = ""  # this route
+    updating: bool = False  # an update is open
     heard: list[tuple[str, Any]] = field(default_factory=list)
 
     def app(self) -> FastAPI:
@@ -151,6 +152,11 @@ class Receiving:
             if route == self.lost_at:
                 return JSONResponse({"message": "the engine is dead"}, 503)
             self.heard.append((route, await request.json()))
+            if route in ("start_weight_update", "finish_weight_update"):
+                starts = route == "start_weight_update"
+                if starts == self.updating:
+                    return JSONResponse({"message": "a weight update is already active, or none is"}, 500)
+                self.updating = starts
             return JSONResponse({"message": "out of memory"}, 500 if route == self.fails else 200)
 
         app.get("/health")(lambda: None)
@@ -349,6 +355,18 @@ def test_a_version_without_sessions_does_without():
     assert server.routes().count("update_weights") == 2
 
 
+def test_an_update_that_a_trainer_left_open_when_it_died_is_ended_first():
+    server = Receiving(updating=True)
+    publish([server], Group(), 0)
+    start, finish = "start_weight_update", "finish_weight_update"
+    assert [route for route in server.routes() if route in (start, finish)] == [start, finish, start, finish]
+
+
+def test_one_that_lets_no_update_begin_is_named():
+    with pytest.raises(EngineError, match=r"http://.*/start_weight_update answered 500: .*out of memory"):
+        publish([Receiving(fails="start_weight_update")], Group(), 0)
+
+
 def test_a_parameter_that_did_not_change_is_named():
     with pytest.raises(EngineError, match=r"worker 0 kept the old values of model\.norm\.weight when 1 was published"):
         publish([Receiving(unchanged=("model.norm.weight",))], Group(), 0, 1)
@@ -404,6 +422,15 @@ def test_and_the_process_ends_though_nobody_wakes_the_thread():
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert "EngineError: publishing took more than engine.sync_timeout_s=1 s" in done.stderr
+
+
+def test_without_nccl_in_this_process_the_run_ends_with_that_and_no_server_is_blamed():
+    class Without(Group):
+        def open(self, address: str, port: int, ranks: int, device: torch.device) -> Group:
+            raise EngineError("vLLM finds no NCCL here")
+
+    with pytest.raises(EngineError, match="finds no NCCL here"):
+        publish([Receiving(lost_at="init_weight_transfer_engine")], Without(), 0)
 
 
 def test_a_worker_that_waits_for_weights_in_vain_leaves_their_group():

@@ -416,6 +416,8 @@ class NCCLGroup:
 
         ranks_meet = StatelessProcessGroup.create(address, port, rank=0, world_size=ranks)
         self._group, self._device, self._is_over = PyNcclCommunicator(ranks_meet, device=device), device, False
+        if self._group.disabled:  # it would broadcast nothing, without a word
+            raise EngineError("vLLM finds no NCCL here: install it, or set engine.transport=file")
 
     def broadcast(self, tensor: Tensor) -> None:
         if self._is_over:

@@ -27,7 +27,7 @@ from otcrl.rollout.completions_api import PATH, continued, scored, to_continue, 
 from otcrl.rollout.fleet import LONGEST_S, Fleet, Server, share_of_rank
 from otcrl.rollout.gate import Common, Gate, deadline
 from otcrl.rollout.submission import Part, check_request, complete, drop_prefixes, sampling
-from otcrl.rollout.vllm_launch import check_context, check_dtype, check_version, torch_dtype
+from otcrl.rollout.vllm_launch import check_context, check_dtype, check_version, check_vllm, torch_dtype
 from otcrl.rollout.vllm_worker import EXTENSION
 from otcrl.rollout.weights_by_file import WeightsByFile
 from otcrl.rollout.weights_by_nccl import WeightsByNCCL
@@ -78,6 +78,10 @@ class VLLMServers:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         check_dtype(self.dtype)
         check_context(self.context, self.model)
+        if self.transport == "nccl":
+            check_vllm()  # whose NCCL is spoken here too
+            if self.model.device.type != "cuda":
+                raise ValueError(f"transport nccl needs a model on a GPU, and it is on {self.model.device}: use file")
         self._fleet = Fleet(share_of_rank(self.urls), os.environ.get(self.api_key_env) or None)
         if self.transport == "file":
             self._weights = WeightsByFile(

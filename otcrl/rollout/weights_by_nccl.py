@@ -31,6 +31,7 @@ from otcrl.rollout.vllm_worker import fingerprint
 from otcrl.tools.remote import ServerLost
 
 if TYPE_CHECKING:
+    from httpx import Response
     from transformers import PreTrainedModel
 
 NAME = "weights by NCCL"  # of the threads
@@ -106,7 +107,7 @@ class WeightsByNCCL:
                 servers = await self._left(servers, error)
         if undisturbed:
             self._lost = 0
-        await self._fleet.each(servers, lambda server: self._session(server, "/finish_weight_update"))
+        await self._fleet.each(servers, self._finish)
         all_changed = bool(before) and all(before.get(name) != digest for name, digest in self._digests.items())
         types = sorted({str(dtype).removeprefix("torch.") for _, dtype, _ in self._source.described()})
 
@@ -122,7 +123,18 @@ class WeightsByNCCL:
         await self._fleet.rpc(server, "otcrl_remember", WORKERS_SHARE * self._timeout_s)
         answer = await self._fleet.ask(server, "GET", "/get_world_size")
         self._workers[server.url] = answer.json()["world_size"]
-        await self._session(server, "/start_weight_update")
+        answer = await self._session(server, "/start_weight_update")
+        if answer.is_server_error:  # a trainer that has died within an update left it open
+            await self._session(server, "/finish_weight_update")
+            answer = await self._session(server, "/start_weight_update")
+        check(answer)
+
+    async def _finish(self, server: Server) -> None:
+        check(await self._session(server, "/finish_weight_update"))
+
+    async def _session(self, server: Server, path: str) -> Response:
+        """Opens or ends an update, where vLLM has such things (not in 0.20)."""
+        return await self._fleet.attempt(server, "POST", path, {}, timeout_s=self._timeout_s)
 
     async def _join(self, servers: Sequence[Server]) -> None:
         """This process and all their workers are in one group. Raises ServerLost if a server is lost meanwhile."""
@@ -163,8 +175,10 @@ class WeightsByNCCL:
             answers = await asyncio.gather(*asked, return_exceptions=True)
             failed = [answer for answer in answers if isinstance(answer, BaseException)]
             lost = [error for error in failed if isinstance(error, ServerLost)]
-            broken = mine.done() and mine.exception() is not None
-            if lost or (failed and not broken):
+            broken = mine.exception() if mine.done() else None
+            if isinstance(broken, EngineError):  # this process cannot take part: the others wait in vain
+                raise broken
+            if lost or (failed and broken is None):
                 raise (lost or failed)[0]
             return await mine
         except RuntimeError as error:  # NCCL's
@@ -184,15 +198,9 @@ class WeightsByNCCL:
 
         async def finish(server: Server) -> None:
             """Its update ends, if it has not: whatever has arrived is sent again."""
-            await self._fleet.attempt(server, "POST", "/finish_weight_update", {}, timeout_s=self._timeout_s)
+            await self._session(server, "/finish_weight_update")
 
         return await self._fleet.each([server for server in servers if server.is_up], finish)
-
-    async def _session(self, server: Server, path: str) -> None:
-        """Opens or ends an update, where vLLM has such things (not in 0.20)."""
-        response = await self._fleet.attempt(server, "POST", path, {}, timeout_s=self._timeout_s)
-        if response.is_error and response.status_code != 404:
-            raise EngineError(f"{server.url}{path} answered {response.status_code}: {response.text[:1000]}")
 
     def _end_group(self) -> asyncio.Future[None] | None:
         """On a thread of its own: to destroy it may take as long as what it waits for."""
@@ -225,6 +233,12 @@ def sent(source: Layers, broadcast: Callable[[Tensor], None], device: torch.devi
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
     return digests
+
+
+def check(answer: Response) -> None:
+    """Raises EngineError for a refusal; one that does not know the route has no need of it."""
+    if answer.is_error and answer.status_code != 404:
+        raise EngineError(f"{answer.url} answered {answer.status_code}: {answer.text[:1000]}")
 
 
 def nccl_group(address: str, port: int, ranks: int, device: torch.device) -> Group:
