@@ -122,7 +122,7 @@ WORLDS = {
         systems={"search_r1_grpo": ["reward=outcome"], "otc_grpo": ["reward=otc_grpo", "reward.c=10.0"]},
         seeds={"search_r1_grpo": (0, 1), "otc_grpo": (0, 1)},
     ),
-    "single_hop": World(  # of NQ-open what the passages answer: one search suffices, two were shown as often
+    "single_hop": World(  # of NQ-open what the passages answer: one search suffices, and mostly two were shown
         settings=(
             *("conf=smollm2_search", "task.seed=0", "task.max_test=150", "task.in_domain=[nq]"),
             "task.train=[runs/single_hop/nq/train.jsonl.gz]",  # EfficientQA is held out
@@ -132,7 +132,7 @@ WORLDS = {
         ),
         start=(
             *("model.path=runs/systems/search/start/model", "sft.steps=32"),
-            *("task.demo_direct=0.05", "task.demo_extra=0.55"),
+            *("task.demo_direct=0", "task.demo_extra=0.7"),
         ),
         training=("loop.steps=24", *RL_SEARCH[1:], "rollout.group_size=8"),
         systems={"search_r1_grpo": ["reward=outcome"], "otc_grpo": ["reward=otc_grpo", "reward.c=4.0"]},
@@ -151,7 +151,7 @@ ASKED = (
     *(f"task.test=[{TEST}]", "task.max_test=100", "task.seed=0", "task.in_domain=[hotpotqa,2wikimultihopqa]"),
     *("model=models/smollm2", "scale=small", "threads=1"),
 )
-INDEX = ("tools.search.corpus=[]", "tools.search.index=indexes/multihop", "encoder@tools.search.encoder=minilm")
+INDEX = ("tools.search.corpus=[]", "tools.search.index=indexes/multihop", "tools.search.encoder=null")
 
 
 def main() -> None:

@@ -344,6 +344,37 @@ def test_an_engine_that_is_killed_comes_back_with_its_weights_and_the_same_draws
         known.run(crowd("core"))
 
 
+def test_vllm_does_not_outlive_a_trainer_that_is_killed(tmp_path):
+    """It would keep the GPU, and the run could not be started again."""
+    code = """
+import asyncio, os, signal
+from tests.test_vllm_engine import fresh_model, make, worker_of
+async def main():
+    engine = make(fresh_model())
+    await engine.load_weights(engine.model.named_parameters(), 0)
+    core = engine._processes[0].pid
+    print(core, worker_of(core), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+    said = tmp_path / "said"
+    with said.open("w") as file:  # a pipe would stay open as long as they live
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=file, check=False, timeout=300)
+    core, worker = map(int, said.read_text().split())
+    deadline = time.monotonic() + 120
+    while left := [process for process in (core, worker) if is_running(process)]:
+        assert time.monotonic() < deadline, f"still there: {left}"
+        time.sleep(0.2)
+
+
+def is_running(process: int) -> bool:
+    """False too when it has ended, and nobody has asked how."""
+    try:
+        return bool(Path(f"/proc/{process}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
 def test_an_engine_that_dies_while_it_is_given_weights_is_started_again_and_given_them():
     """vLLM's own answer never comes then. With requests in flight, which must not hold up the publication.
 

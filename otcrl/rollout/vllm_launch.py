@@ -21,7 +21,6 @@ import torch
 from otcrl import dist
 from otcrl.errors import ConfigError
 from otcrl.models.pretrained import DTYPES
-from otcrl.rollout.vllm_worker import EXTENSION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from otcrl.rollout.vllm_engine import VLLMEngine
 
 FIRST, LAST = (0, 20), (0, 33)  # versions of vLLM whose interfaces otcrl knows
+EXTENSION = "otcrl.rollout.vllm_child.Receiver"  # of vLLM's workers, which alone import it
+TRAINER = "OTCRL_TRAINER"  # environment variable: the process that they do not outlive
 FOLDER, OWNED = "otcrl-vllm-", "owned"  # names: of an engine's folder, and of the file in it that its owner holds
 SOCKET = 1 + 36  # characters of the name of vLLM's sockets in their folder
 LONGEST = 107  # path of a socket
@@ -211,6 +212,7 @@ def child_environment(devices: Sequence[int] | None, cpu_cache_gib: float, folde
         defaults["VLLM_RPC_BASE_PATH"] = str(folder)
     given: dict[str, str | None] = {name: os.environ.get(name, value) for name, value in defaults.items()}
     given |= {name: without_expandable(os.environ[name]) for name in ALLOCATORS if name in os.environ}
+    given[TRAINER] = str(os.getpid())
     given["PYTHONPATH"] = os.pathsep.join([packages, *filter(None, [os.environ.get("PYTHONPATH")])])
     if devices is not None:
         given["CUDA_VISIBLE_DEVICES"] = visible(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
