@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -30,7 +29,7 @@ from otcrl.rollout import vllm_engine
 from otcrl.rollout.publication import Message, Publisher
 from otcrl.rollout.submission import before_half_stop, sampling
 from otcrl.rollout.vllm_engine import VLLMEngine
-from otcrl.rollout.vllm_launch import OwnFolder, arguments, check_settings, check_vllm, child_environment, visible
+from otcrl.rollout.vllm_launch import arguments, check_settings, check_vllm, child_environment, visible
 from tests.test_bad_input import ROOT
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -817,27 +816,6 @@ def test_vllms_sockets_lie_in_the_engines_folder_unless_the_path_would_be_too_lo
     monkeypatch.setenv("VLLM_RPC_BASE_PATH", "/my/own")
     with child_environment(None, cpu_cache_gib=1, folder=Path("/x")):
         assert os.environ["VLLM_RPC_BASE_PATH"] == "/my/own"
-
-
-def killed_in_its_folder(within: Path) -> None:
-    folder = OwnFolder(within)
-    (folder.path / "socket").touch()
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_the_folder_of_a_killed_process_is_removed_by_the_next_and_no_other(tmp_path):
-    live, foreign = OwnFolder(tmp_path), tmp_path / "otcrl-vllm-foreign"
-    foreign.mkdir()
-    process = multiprocessing.get_context("fork").Process(target=killed_in_its_folder, args=(tmp_path,))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert len(list(tmp_path.iterdir())) == 3
-    next_one = OwnFolder(tmp_path)
-    assert set(tmp_path.iterdir()) == {live.path, foreign, next_one.path}
-    live.close()
-    next_one.close()
-    assert list(tmp_path.iterdir()) == [foreign]
 
 
 def test_vllm_does_not_take_the_learners_expandable_segments(monkeypatch):

@@ -1,15 +1,15 @@
 """A model's weights as one memory-mapped file, with a digest for each parameter: how they reach another process.
 
 The file lies in memory (memfd) and is gone with the process that made it, however that ends; a folder can be named
-instead, e.g. one that other machines see. It is rewritten in place, which spares the system from finding and clearing
-new pages at every step, and it stays: an engine that died gets the same weights again.
+instead, e.g. one that other machines see: what a killed process has left there, the next one removes. It is rewritten
+in place, which spares the system from finding and clearing new pages at every step, and it stays: an engine that died
+gets the same weights again.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import xxhash
 from torch import Tensor
 
 from otcrl.errors import EngineError
+from otcrl.rollout.own_folder import OwnFolder
 
 ALIGNMENT = 64  # bytes
 
@@ -64,12 +65,13 @@ class Snapshot:
         self.manifest: Manifest | None = None  # of the last complete set
         self._place = "memory" if folder is None else str(folder)
         try:
-            if folder is None:
+            self._folder = None if folder is None else OwnFolder(folder)
+            if self._folder is None:
                 self._handle = os.memfd_create("otcrl-weights")
                 self.path = Path(f"/proc/{os.getpid()}/fd/{self._handle}")
             else:
-                self._handle, path = tempfile.mkstemp(prefix="otcrl-weights-", dir=folder)
-                self.path = Path(path)
+                self.path = self._folder.path / "weights"
+                self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, mode=0o600)
         except OSError as error:
             raise EngineError(f"weights cannot be handed over in {self._place}: {error.strerror or error}") from error
 
@@ -98,9 +100,9 @@ class Snapshot:
             raise EngineError(f"weights of {size:.2f} GiB or more do not fit in {self._place}: {error}") from error
 
     def close(self) -> None:
-        if self.path.parent != Path(f"/proc/{os.getpid()}/fd"):
-            self.path.unlink(missing_ok=True)
         os.close(self._handle)
+        if self._folder is not None:
+            self._folder.close()
 
 
 def read(manifest: Manifest) -> Iterator[tuple[str, Tensor]]:

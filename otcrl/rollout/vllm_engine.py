@@ -32,10 +32,10 @@ from otcrl.errors import EngineError, nearest
 from otcrl.protocols import Completion
 from otcrl.rollout.daemon import in_daemon_thread
 from otcrl.rollout.gate import LOOK_S, Common, Gate, deadline
+from otcrl.rollout.own_folder import OwnFolder
 from otcrl.rollout.publication import Message, Publisher, check_delivery
 from otcrl.rollout.submission import Part, check_request, complete, drop_prefixes, sampling
 from otcrl.rollout.vllm_launch import (
-    OwnFolder,
     arguments,
     check_settings,
     check_vllm,

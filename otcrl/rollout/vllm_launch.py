@@ -5,11 +5,8 @@ Imports no vllm, so all of it can be checked where there is none.
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -31,7 +28,6 @@ if TYPE_CHECKING:
 FIRST, LAST = (0, 20), (0, 33)  # versions of vLLM whose interfaces otcrl knows
 EXTENSION = "otcrl.rollout.vllm_child.Receiver"  # of vLLM's workers, which alone import it
 TRAINER = "OTCRL_TRAINER"  # environment variable: the process that they do not outlive
-FOLDER, OWNED = "otcrl-vllm-", "owned"  # names: of an engine's folder, and of the file in it that its owner holds
 SOCKET = 1 + 36  # characters of the name of vLLM's sockets in their folder
 LONGEST = 107  # path of a socket
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -167,32 +163,6 @@ def save_description(folder: Path, model: PreTrainedModel, tokenizer: HFTokenize
     config.architectures = config.architectures or [type(model).__name__]
     config.save_pretrained(folder)
     tokenizer.hf.save_pretrained(folder)
-
-
-class OwnFolder:
-    """A temporary folder, gone at the end; what an owner that was killed has left is removed by the next."""
-
-    def __init__(self, within: Path | None = None) -> None:
-        """`within` null: the system's folder for temporary files."""
-        within = within or Path(tempfile.gettempdir())
-        remove_ownerless(within)
-        self._folder = tempfile.TemporaryDirectory(prefix=FOLDER, dir=within, ignore_cleanup_errors=True)
-        self.path = Path(self._folder.name)
-        self._held = (self.path / "new").open("w")  # until this process ends, however that comes about
-        fcntl.flock(self._held, fcntl.LOCK_EX)
-        (self.path / "new").rename(self.path / OWNED)  # there is no moment at which it is seen and not held
-
-    def close(self) -> None:
-        self._folder.cleanup()
-        self._held.close()
-
-
-def remove_ownerless(within: Path) -> None:
-    """Best effort: folders of engines whose process has been killed."""
-    for folder in within.glob(f"{FOLDER}*"):
-        with suppress(OSError), (folder / OWNED).open("r+") as held:  # another user's cannot be opened
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
