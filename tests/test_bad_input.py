@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 
 from otcrl import cli, sealed
+from otcrl.errors import DataError
+from otcrl.models.pretrained import Pretrained
 from otcrl.rewards.otc import OTCReward
 from otcrl.types import Reward, Trajectory
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -333,6 +335,22 @@ def test_a_model_that_cannot_be_used_is_refused(
     settings = json.loads((copy / "tokenizer_config.json").read_text())
     (copy / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
     assert "has no end-of-text token: a completion could never end" in refusal(capsys, *words, f"model.path={copy}")
+
+
+def test_that_a_model_comes_from_the_hub_is_said_before_the_hub_is_asked(monkeypatch, capsys):
+    def asked(*_: object, **__: object) -> None:
+        assert "model.path 'nobody/none-such' is no directory here: taken from the Hugging Face hub" in said()
+        raise OSError("not in reach")
+
+    def said() -> str:
+        return capsys.readouterr().err
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", asked)
+    pretrained = Pretrained(
+        path="nobody/none-such", dtype="float32", chat=None, device="cpu", gradient_checkpointing=False
+    )
+    with pytest.raises(DataError, match="neither a directory nor a hub model in reach: not in reach"):
+        pretrained.load_tokenizer(())
 
 
 def test_float16_is_evaluated_and_not_trained(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from otcrl import dist
 from otcrl.errors import DataError
 from otcrl.models.tokenizer import HFTokenizer
+from otcrl.tell import tell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,6 +71,8 @@ class Pretrained:
         if self.path.startswith(LOCAL) and not path.is_dir():
             how = f": otcrl models smollm2 out={self.path} writes it" if path.name == "smollm2" else ""
             raise DataError(f"model.path {self.path!r} is not a directory{how}")
+        if not path.is_dir() and dist.rank() == 0:  # a minute may pass before the hub is given up
+            tell(f"model.path {self.path!r} is no directory here: taken from the Hugging Face hub, or its cache")
 
     @contextmanager
     def _unreadable(self) -> Iterator[None]:
