@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,30 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(finished, tmp_path
     whole, resumed = (rows(folder / "metrics.jsonl")[2] for folder in (finished, stopped))
     for name in ("reward/value", "calls/emitted", "rollout/sampled_tokens", "rollout/rewarded_logprob"):
         assert resumed[name] == pytest.approx(whole[name], abs=1e-3), name
+
+
+def test_a_run_that_plays_ahead_of_its_updates_survives_the_death_of_its_engine(tmp_path, capsys):
+    """The revival is beside the learner's update, and what was in flight goes on."""
+    folder = tmp_path / "run"
+
+    def kill_when_a_step_is_done() -> None:
+        while not (folder / "metrics.jsonl").exists() or not rows(folder / "metrics.jsonl"):
+            if ended.wait(0.05):
+                return
+        core = next(process for process in multiprocessing.active_children() if "EngineCore" in process.name)
+        core.kill()
+
+    ended, killer = threading.Event(), threading.Thread(target=kill_when_a_step_is_done)
+    killer.start()
+    try:
+        settings = ["sft.steps=20", "loop.steps=4", "rollout.schedule.ahead=1"]
+        run_train(run_config([*SMALL, *settings, f"run_dir={folder}"]))
+    finally:
+        ended.set()
+        killer.join()
+    assert "starting it again, death 1 of at most" in capsys.readouterr().out
+    steps = rows(folder / "metrics.jsonl")[:4]
+    assert [row["step"] for row in steps] == [0, 1, 2, 3]
+    assert all(row["rollout/groups_played"] == 6 for row in steps)
+    assert max(row["sync/logprob_gap_max"] for row in steps) < 1e-4, "each publication was proven"
+    assert max(row["rollout/off_policy_steps_max"] for row in steps) == 1
