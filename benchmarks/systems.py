@@ -27,14 +27,23 @@ TEST = ",".join(f"${{oc.env:OTCRL_DATA}}/{name}/test.jsonl.gz" for name in ("hot
 PPO = ["algo=ppo", "algo.kl_reward_coef=0.0", "rollout.group_size=1"]  # with a body of its own for the critic
 HOTPOTQA = [f"task.train=[{FILES.format('hotpotqa')}]", "task.in_domain=[hotpotqa]"]  # guessing seldom pays there
 
-SEARCH = (
+MULTI_HOP = (
     *("conf=smollm2_search", "task.seed=0", "task.max_test=100"),
     f"task.train=[{FILES.format('hotpotqa')},{FILES.format('2wikimultihopqa')}]",
     "task.in_domain=[hotpotqa,2wikimultihopqa]",  # MuSiQue is held out
+)
+SEARCH = (
+    *MULTI_HOP,
     *("tools.search.topk=1", "task.demo_passages=1"),  # one passage of 40 words: half the tokens of two of 30
     *("tools.search.max_passage_words=40", "task.demo_max_words=40"),
 )
-NO_SEARCH = ("tools=none", "rollout.limits.max_calls=0", "rollout.limits.max_turns=1")
+NO_SEARCH = (
+    "tools=none",
+    "task.corpus=[]",
+    "task.template=none",
+    "rollout.limits.max_calls=0",
+    "rollout.limits.max_turns=1",
+)
 RL_SEARCH = ("loop.steps=32", "model.dtype=bfloat16", "learner.policy_optimizer.lr=3e-5")
 
 
@@ -109,7 +118,7 @@ WORLDS = {
         },
     ),
     "no_search": World(  # the rows SFT (the start) and R1-Base: the same questions, answered without a search
-        settings=(*SEARCH, *NO_SEARCH),
+        settings=(*MULTI_HOP, *NO_SEARCH),
         start=("sft.steps=80", "task.demo_direct=1"),
         training=RL_SEARCH,
         systems={"r1_base": ["reward=outcome"]},
