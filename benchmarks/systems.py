@@ -63,6 +63,26 @@ class World:
         return sorted(pairs, key=lambda pair: pair[1])
 
 
+def single_hop(extra: str) -> World:
+    """Questions of NQ-open that one passage answers; of the start's demonstrations, `extra` search a second time."""
+    return World(
+        settings=(
+            *("conf=smollm2_search", "task.seed=0", "task.max_test=150", "task.in_domain=[nq]"),
+            "task.train=[runs/single_hop/nq/train.jsonl.gz]",  # EfficientQA is held out
+            "task.test=[runs/single_hop/nq/test.jsonl.gz,runs/single_hop/efficientqa/test.jsonl.gz]",
+            *("tools.search.topk=1", "task.demo_passages=1", "task.demo_query=question"),
+            *("tools.search.max_passage_words=40", "task.demo_max_words=40", "evaluate.sampled=true"),
+        ),
+        start=(
+            *("model.path=runs/systems/search/start/model", "sft.steps=32"),
+            *("task.demo_direct=0", f"task.demo_extra={extra}"),
+        ),
+        training=("loop.steps=24", *RL_SEARCH[1:], "rollout.group_size=8"),
+        systems={"search_r1_grpo": ["reward=outcome"], "otc_grpo": ["reward=otc_grpo", "reward.c=4.0"]},
+        seeds={"search_r1_grpo": (0, 1), "otc_grpo": (0, 1)},
+    )
+
+
 WORLDS = {
     "python": World(
         settings=(
@@ -119,7 +139,7 @@ WORLDS = {
     ),
     "no_search": World(  # the rows SFT (the start) and R1-Base: the same questions, answered without a search
         settings=(*MULTI_HOP, *NO_SEARCH),
-        start=("sft.steps=80", "task.demo_direct=1"),
+        start=("sft.steps=80", "task.demo_direct=1", "task.demo_extra=0"),
         training=RL_SEARCH,
         systems={"r1_base": ["reward=outcome"]},
         seeds={"r1_base": (0,)},
@@ -131,22 +151,8 @@ WORLDS = {
         systems={"search_r1_grpo": ["reward=outcome"], "otc_grpo": ["reward=otc_grpo", "reward.c=10.0"]},
         seeds={"search_r1_grpo": (0, 1), "otc_grpo": (0, 1)},
     ),
-    "single_hop": World(  # of NQ-open what the passages answer: one search suffices, and mostly two were shown
-        settings=(
-            *("conf=smollm2_search", "task.seed=0", "task.max_test=150", "task.in_domain=[nq]"),
-            "task.train=[runs/single_hop/nq/train.jsonl.gz]",  # EfficientQA is held out
-            "task.test=[runs/single_hop/nq/test.jsonl.gz,runs/single_hop/efficientqa/test.jsonl.gz]",
-            *("tools.search.topk=1", "task.demo_passages=1", "task.demo_query=question"),
-            *("tools.search.max_passage_words=40", "task.demo_max_words=40", "evaluate.sampled=true"),
-        ),
-        start=(
-            *("model.path=runs/systems/search/start/model", "sft.steps=32"),
-            *("task.demo_direct=0", "task.demo_extra=0.7"),
-        ),
-        training=("loop.steps=24", *RL_SEARCH[1:], "rollout.group_size=8"),
-        systems={"search_r1_grpo": ["reward=outcome"], "otc_grpo": ["reward=otc_grpo", "reward.c=4.0"]},
-        seeds={"search_r1_grpo": (0, 1), "otc_grpo": (0, 1)},
-    ),
+    "single_hop": single_hop("0.85"),
+    "single_hop_70": single_hop("0.7"),
 }
 
 UNTRAINED = {  # SmolLM2 as it is, on the held-out questions of `search`, by the presets of these names

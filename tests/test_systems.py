@@ -28,7 +28,7 @@ def commands_of(world: str, runs: Path, monkeypatch: pytest.MonkeyPatch) -> list
     return commands
 
 
-@pytest.mark.parametrize("world", ["python", "sums", "search", "no_search", "overcalling", "single_hop", "untrained"])
+@pytest.mark.parametrize("world", ["python", "sums", "search", "no_search", "overcalling", "single_hop", "single_hop_70", "untrained"])
 def test_all_settings_of_a_world_are_known(world: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for command, *settings in commands_of(world, tmp_path, monkeypatch):
         config = run_config([setting for setting in settings if not setting.startswith("model=")])
