@@ -39,7 +39,7 @@ def main() -> None:
             for problem, hits in zip(some, index.search([p.question for p in some], 1), strict=True):
                 shown = " ".join(hits[0].passage.text.split()[: options.words])
                 if any(mentions(shown, answer) for answer in problem.answers):
-                    row = {"id": problem.id.rpartition("/")[2], "question": problem.question}
+                    row = {"id": problem.id.replace("/", "-"), "question": problem.question}
                     row |= {"answers": list(problem.answers), "gold_ids": [hits[0].passage.id]}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     kept += 1

@@ -11,6 +11,7 @@ import pytest
 from otcrl.cli import run_config
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+WORLDS = ("python", "sums", "search", "no_search", "overcalling", "single_hop", "single_hop_70", "untrained")
 
 
 def commands_of(world: str, runs: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
@@ -28,7 +29,9 @@ def commands_of(world: str, runs: Path, monkeypatch: pytest.MonkeyPatch) -> list
     return commands
 
 
-@pytest.mark.parametrize("world", ["python", "sums", "search", "no_search", "overcalling", "single_hop", "single_hop_70", "untrained"])
+@pytest.mark.parametrize(
+    "world", ["python", "sums", "search", "no_search", "overcalling", "single_hop", "single_hop_70", "untrained"]
+)
 def test_all_settings_of_a_world_are_known(world: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for command, *settings in commands_of(world, tmp_path, monkeypatch):
         config = run_config([setting for setting in settings if not setting.startswith("model=")])
