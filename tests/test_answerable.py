@@ -32,4 +32,4 @@ def test_a_question_is_kept_if_the_shown_part_of_its_best_passage_holds_an_answe
     importlib.import_module("answerable").main()
     (row,) = read_rows(str(out))
     assert row == ROWS[2] | {"id": row["id"], "gold_ids": ["no"]}
-    assert row["id"].endswith("-c"), "with the name of its file, as another may have the same"
+    assert str(row["id"]).endswith("-c"), "with the name of its file, as another may have the same"
