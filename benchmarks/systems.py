@@ -7,12 +7,14 @@
     python benchmarks/systems.py python --jobs 2 --only otc_grpo-0 torl_grpo-0
 
 Every run is an ordinary `otcrl train` of one thread. What is there is not repeated, what was cut off goes on. A cold
-start and its evaluation come first, and all runs take its weights. `--dry` prints the commands.
+start and its evaluation come first, and all runs take its weights. `--dry` prints the commands. results/systems.json
+has the figures of every world that has been run; its ratios are calls of OTC's runs over those of their twins, greedy.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -20,6 +22,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from common import RESULTS, Row, publish
 
 OTCRL = [sys.executable, "-m", "otcrl"]
 FILES = "${{oc.env:OTCRL_DATA}}/{}/train.jsonl.gz"
@@ -182,6 +186,7 @@ def main() -> None:
         for name, settings in UNTRAINED.items():
             if not options.only or name in options.only:
                 ask(name, settings, options.runs / "untrained" / name, options.dry)
+        record(options.runs, options.world)
         return
     world, folder = WORLDS[options.world], options.runs / options.world
     start = folder / "start"
@@ -193,6 +198,7 @@ def main() -> None:
     chosen = [(system, seed) for system, seed in world.runs() if not options.only or f"{system}-{seed}" in options.only]
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda run: train(world, *run, start=start, runs=folder, dry=options.dry), chosen))
+    record(options.runs, options.world)
 
 
 def train(world: World, system: str, seed: int, *, start: Path, runs: Path, dry: bool) -> None:
@@ -207,6 +213,31 @@ def ask(system: str, settings: Sequence[str], folder: Path, dry: bool) -> None:
     searches = () if system in ("direct", "cot") else (*INDEX, "tools.search.max_passage_words=40")
     command = [*OTCRL, "eval", f"conf={system}", *ASKED, *searches, *settings, f"name={system}", f"run_dir={folder}"]
     once(folder, "eval/greedy/report.json", command, dry)
+
+
+def record(runs: Path, world: str) -> None:
+    """Figures of the world's runs go into results/systems.json; those of the others stay there."""
+    rows: list[Row] = []
+    for path in sorted((runs / world).glob("*/eval/*/report.json")):
+        report = json.loads(path.read_text())
+        run, how = path.parts[-4], "greedy" if report["temperature"] == 0 else f"temperature {report['temperature']:g}"
+        for name, found in {**report["sources"], "all": report["overall"]}.items():
+            figures = {figure: found[figure]["value"] for figure in ("em", "f1", "tc", "tp")}
+            rows.append({"world": world, "run": run, "how": how, "set": name, "n": found["questions"], **figures})
+    if not rows:
+        return
+    known = json.loads(path.read_text())["rows"] if (path := RESULTS / "systems.json").exists() else []
+    rows = [row for row in known if row["world"] != world] + rows
+    calls: dict[tuple[str, str], float] = {}
+    for row in rows:
+        if row["set"] == "all" and row["how"] == "greedy":
+            calls[str(row["world"]), str(row["run"])] = float(row["tc"] or 0)
+    ratios: dict[str, float] = {}
+    for (where, run), own in calls.items():
+        twins = [calls.get((where, run.replace("otc", twin).replace("_c10", ""))) for twin in ("torl", "search_r1")]
+        if run.startswith("otc") and (twin := next(filter(None, twins), None)):
+            ratios[f"{where}/{run}: calls"] = own / twin
+    publish("systems", rows, ratios)
 
 
 def once(folder: Path, result: str, command: Sequence[str], dry: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -46,3 +47,24 @@ def test_systems_of_a_pair_differ_in_their_reward_alone(tmp_path: Path, monkeypa
         assert pair[0]["reward"] != pair[1]["reward"]
         first, second = ({k: v for k, v in config.items() if k not in ("reward", "name", "run_dir")} for config in pair)
         assert first == second
+
+
+def test_figures_are_recorded_and_set_beside_the_twins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", ["systems.py", "sums"])
+    for module in ("systems", "common"):
+        monkeypatch.setattr(importlib.import_module(module), "RESULTS", tmp_path)
+    for run, calls in (("torl_grpo-0", 1.0), ("otc_grpo-0", 0.6)):
+        found = {name: {"value": value} for name, value in (("em", 1.0), ("f1", 1.0), ("tc", calls), ("tp", 1 / calls))}
+        report = {"temperature": 0.0, "sources": {}, "overall": {"questions": 9, **found}}
+        folder = tmp_path / "sums" / run / "eval/after"
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps(report))
+    for _ in range(2):  # what is recorded again replaces what was
+        importlib.import_module("systems").record(tmp_path, "sums")
+    written = json.loads((tmp_path / "systems.json").read_text())
+    assert [(row["run"], row["set"], row["tc"]) for row in written["rows"]] == [
+        ("otc_grpo-0", "all", 0.6),
+        ("torl_grpo-0", "all", 1.0),
+    ]
+    assert written["ratios"] == {"sums/otc_grpo-0: calls": 0.6}
