@@ -359,7 +359,7 @@ asyncio.run(main())
     said = tmp_path / "said"
     with said.open("w") as file:  # a pipe would stay open as long as they live
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=file, check=False, timeout=300)
-    core, worker = map(int, said.read_text().split())
+    core, worker = map(int, said.read_text().splitlines()[-1].split())  # vLLM may say something first
     deadline = time.monotonic() + 120
     while left := [process for process in (core, worker) if is_running(process)]:
         assert time.monotonic() < deadline, f"still there: {left}"
