@@ -159,18 +159,21 @@ WORLDS = {
     "single_hop_70": single_hop("0.7"),
 }
 
-UNTRAINED = {  # SmolLM2 as it is, on the held-out questions of `search`, by the presets of these names
-    "direct": [],
-    "cot": ["rollout.limits.max_turn_tokens=256"],
-    "rag": ["rollout.limits.max_observation_tokens=512"],
-    "ircot": ["rollout.limits.max_observation_tokens=512", "rollout.limits.max_tokens=1536"],
-    "tir": ["rollout.limits.max_observation_tokens=512"],
+INDEX = (
+    *("tools.search.corpus=[]", "tools.search.index=indexes/multihop", "tools.search.encoder=null"),
+    *("tools.search.max_passage_words=40", "rollout.limits.max_observation_tokens=512"),
+)
+UNTRAINED: dict[str, Sequence[str]] = {  # SmolLM2 as it is, on the held-out questions of `search`, by these presets
+    "direct": (),
+    "cot": ("rollout.limits.max_turn_tokens=256",),
+    "rag": INDEX,
+    "ircot": (*INDEX, "rollout.limits.max_tokens=1536"),
+    "tir": INDEX,
 }
 ASKED = (
     *(f"task.test=[{TEST}]", "task.max_test=100", "task.seed=0", "task.in_domain=[hotpotqa,2wikimultihopqa]"),
     *("model=models/smollm2", "scale=small", "threads=1"),
 )
-INDEX = ("tools.search.corpus=[]", "tools.search.index=indexes/multihop", "tools.search.encoder=null")
 
 
 def main() -> None:
@@ -210,8 +213,7 @@ def train(world: World, system: str, seed: int, *, start: Path, runs: Path, dry:
 
 
 def ask(system: str, settings: Sequence[str], folder: Path, dry: bool) -> None:
-    searches = () if system in ("direct", "cot") else (*INDEX, "tools.search.max_passage_words=40")
-    command = [*OTCRL, "eval", f"conf={system}", *ASKED, *searches, *settings, f"name={system}", f"run_dir={folder}"]
+    command = [*OTCRL, "eval", f"conf={system}", *ASKED, *settings, f"name={system}", f"run_dir={folder}"]
     once(folder, "eval/greedy/report.json", command, dry)
 
 
