@@ -3,6 +3,7 @@
     python benchmarks/answerable.py DIR/nq_open/train.jsonl.gz --index indexes/multihop --out DIR/nq/train.jsonl.gz
 
 NQ-open comes without passages. A row of the result names the passage (`gold_ids`), so that demonstrations can be made.
+`--again` keeps those alone whose passage is also the best for its own title: who looks that up learns nothing new.
 A question that is there twice, word by word, is kept once; the rest keep their order.
 """
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("questions", nargs="+", help="files of questions")
     parser.add_argument("--index", type=Path, default=Path("indexes/multihop"))
     parser.add_argument("--words", type=int, default=40, help="of a passage that are shown")
+    parser.add_argument("--again", action="store_true", help="only where its title finds the passage again")
     parser.add_argument("--out", type=Path, required=True, help="a .jsonl.gz file")
     options = parser.parse_args()
 
@@ -36,11 +38,13 @@ def main() -> None:
     with gzip.open(options.out, "wt", encoding="utf-8") as file:
         for start in range(0, len(problems), BATCH):
             some = problems[start : start + BATCH]
-            for problem, hits in zip(some, index.search([p.question for p in some], 1), strict=True):
-                shown = " ".join(hits[0].passage.text.split()[: options.words])
-                if any(mentions(shown, answer) for answer in problem.answers):
+            found = [hits[0].passage for hits in index.search([p.question for p in some], 1)]
+            titles = [hits[0].passage for hits in index.search([p.title for p in found], 1)] if options.again else found
+            for problem, passage, again in zip(some, found, titles, strict=True):
+                shown = " ".join(passage.text.split()[: options.words])
+                if passage.id == again.id and any(mentions(shown, answer) for answer in problem.answers):
                     row = {"id": problem.id.replace("/", "-"), "question": problem.question}
-                    row |= {"answers": list(problem.answers), "gold_ids": [hits[0].passage.id]}
+                    row |= {"answers": list(problem.answers), "gold_ids": [passage.id]}
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                     kept += 1
     print(f"{options.out}: {kept} of {len(problems)} questions")

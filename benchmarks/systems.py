@@ -67,13 +67,13 @@ class World:
         return sorted(pairs, key=lambda pair: pair[1])
 
 
-def single_hop(extra: str) -> World:
+def single_hop(extra: str, data: str = "runs/single_hop", seeds: tuple[int, ...] = (0, 1)) -> World:
     """Questions of NQ-open that one passage answers; of the start's demonstrations, `extra` search a second time."""
     return World(
         settings=(
             *("conf=smollm2_search", "task.seed=0", "task.max_test=150", "task.in_domain=[nq]"),
-            "task.train=[runs/single_hop/nq/train.jsonl.gz]",  # EfficientQA is held out
-            "task.test=[runs/single_hop/nq/test.jsonl.gz,runs/single_hop/efficientqa/test.jsonl.gz]",
+            f"task.train=[{data}/nq/train.jsonl.gz]",  # EfficientQA is held out
+            f"task.test=[{data}/nq/test.jsonl.gz,{data}/efficientqa/test.jsonl.gz]",
             *("tools.search.topk=1", "task.demo_passages=1", "task.demo_query=question"),
             *("tools.search.max_passage_words=40", "task.demo_max_words=40", "evaluate.sampled=true"),
         ),
@@ -83,7 +83,7 @@ def single_hop(extra: str) -> World:
         ),
         training=("loop.steps=24", *RL_SEARCH[1:], "rollout.group_size=8"),
         systems={"search_r1_grpo": ["reward=outcome"], "otc_grpo": ["reward=otc_grpo", "reward.c=4.0"]},
-        seeds={"search_r1_grpo": (0, 1), "otc_grpo": (0, 1)},
+        seeds={"search_r1_grpo": seeds, "otc_grpo": seeds},
     )
 
 
@@ -157,6 +157,8 @@ WORLDS = {
     ),
     "single_hop": single_hop("0.85"),
     "single_hop_70": single_hop("0.7"),
+    # Questions whose second search shows the same passage again (answerable.py --again): it neither helps nor harms.
+    "single_hop_same": single_hop("0.85", "runs/single_hop_same", (0, 1, 2)),
 }
 
 INDEX = (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,6 +26,8 @@ from otcrl.learner.learner import Learner
 from otcrl.models.critic import Critic
 from otcrl.models.twin import twin
 from otcrl.rewards.otc import OTCReward
+from otcrl.rollout.publication import Publisher
+from otcrl.rollout.snapshot import Manifest, read
 from otcrl.types import Reward, Trajectory
 from tests.test_learner import (
     POLICY,
@@ -232,7 +235,25 @@ def from_file(folder: Path) -> dict[str, Any]:
     held = [parameter for parameter in policy.parameters() if not parameter.ds_persist]  # pyright: ignore[reportAttributeAccessIssue]
     at_once = [sum(p.numel() for p in held) for _ in learner.weights()]
     left = sum(p.numel() for p in held)
+    found |= {"published": published(learner, policy)}
     found |= {"loading": max(dist.gather(peak.nbytes, "peaks")), "at once": max(at_once), "left": left}
+    return found
+
+
+def published(learner: Learner, policy: LlamaForCausalLM) -> list[list[dict[str, Any]]]:
+    """What the engine of each rank is sent, two sets of weights; the second rank's takes its time to read the first."""
+    publisher, seen = Publisher(policy, by_handle=True), list[dict[str, Any]]()
+    whole = {name: value.clone() for name, value in learner.weights()}
+    sets = (learner.weights(), {name: value + 1 for name, value in whole.items()}.items())
+    for version, weights in enumerate(sets):
+        manifest = Manifest.of(publisher.prepare(weights, version).content)
+        time.sleep(0.5 * dist.rank())
+        arrived = all(torch.equal(value, whole[name] + version) for name, value in read(manifest))
+        again = publisher.again()
+        assert again is not None
+        seen.append({"path": manifest.path, "arrived": arrived, "again": again.content == manifest.plain()})
+    found = dist.gather(seen, "publications")
+    publisher.close()
     return found
 
 

@@ -149,6 +149,16 @@ def test_no_rank_ever_has_the_whole_of_a_split_model(together):
     assert found["left"] == 0
 
 
+def test_the_engines_of_a_machine_read_a_split_models_weights_from_one_file(together):
+    """All ranks gather them; to write them down is for one. It waits for the slowest engine before the next set."""
+    for first, second in zip(*together["from file"]["published"], strict=True):
+        assert first["path"] == second["path"]
+        assert first["arrived"]
+        assert second["arrived"]
+        assert first["again"]
+        assert second["again"], "an engine that died gets them from there too"
+
+
 # -- how work is split --------------------------------------------------------------------------------------
 
 ROWS = st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=12)

@@ -2,11 +2,13 @@
 
 A message names a method of the workers' extension (vllm_worker.py) and carries a digest for each parameter; each worker
 reports what it has. Weights on a GPU that the worker sees too travel as handles, all others in a file in memory: also
-those of a split model (ZeRO-3), of which the GPU never holds more than a layer.
+those of a split model (ZeRO-3), of which a GPU never holds more than a layer. Its ranks all gather the layers, and one
+file on each machine is enough for the engines of all.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from otcrl import dist
 from otcrl.errors import EngineError, nearest
 from otcrl.models.published import is_split, published
 from otcrl.rollout.device_handles import Lender
-from otcrl.rollout.snapshot import Snapshot
+from otcrl.rollout.snapshot import Manifest, Snapshot
 from otcrl.rollout.vllm_worker import fingerprint, holds, module_of
 
 if TYPE_CHECKING:
@@ -44,8 +47,9 @@ class Publisher:
 
         `dtype`: the engine's, if it is not the model's.
         """
-        self._model, self._by_handle, self._folder = model, by_handle, folder
+        self._model, self._folder = model, folder
         self._snapshot = None if by_handle else Snapshot(folder)
+        self._manifest: Manifest | None = None  # of the last complete set, where it is in a file
         self._lender = Lender()
         self._dtype = dtype or model.dtype
         self._digests: dict[str, str] = {}  # of the weights prepared last
@@ -53,14 +57,15 @@ class Publisher:
         self._version = 0
 
     def prepare(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Message:
-        """Raises EngineError naming a parameter that is missing, unknown or of another shape."""
+        """Of a split model on all ranks. Raises EngineError naming a missing, unknown or misshapen parameter."""
         checked = self._rounding(check_names(weights, self._model))
         before = self._digests and self._digests | self._rounded
         self._rounded, self._version = {}, version
         if self._snapshot is None and is_split(self._model):
             self._snapshot = Snapshot(self._folder)
         if self._snapshot is not None:
-            manifest = self._snapshot.write(checked, version)
+            self._manifest = None
+            self._manifest = manifest = self._written(self._snapshot, checked, version)
             self._digests = {entry.name: entry.digest for entry in manifest.entries}
             method, content = "otcrl_load_file", manifest.plain()
         else:
@@ -71,6 +76,21 @@ class Publisher:
         now = self._digests | self._rounded
         changed = {name: before.get(name) != digest for name, digest in now.items()} if before else {}
         return Message(method, content, version, bool(changed) and all(changed.values()), changed)
+
+    def _written(self, file: Snapshot, weights: Iterable[tuple[str, Tensor]], version: int) -> Manifest:
+        """Of a split model the first rank of each machine writes the file, and all of that machine read it."""
+        if dist.size() == 1 or not is_split(self._model):
+            return file.write(weights, version)
+        what = f"publication of version {version}"
+        dist.barrier(what)  # every engine has read what the file holds
+        if dist.local_rank() == 0:
+            mine = file.write(weights, version)
+        else:
+            mine = None
+            deque(weights, maxlen=0)  # none is kept, but all are gathered, with this rank's part
+        found = dist.gather(mine, what)[dist.rank() - dist.local_rank()]
+        assert found is not None, "the launcher numbers the ranks of a machine one after the other"
+        return found
 
     def _rounding(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The same as they come. An update that is rounded away changes nothing in the engine."""
@@ -85,8 +105,8 @@ class Publisher:
         They may change while the engine takes them: `is_current` says afterwards whether it has them.
         """
         if self._snapshot is not None:
-            assert self._snapshot.manifest is not None, "nothing is generated before the first publication"
-            return Message("otcrl_load_file", self._snapshot.manifest.plain(), self._version, False)
+            assert self._manifest is not None, "nothing is generated before the first publication"
+            return Message("otcrl_load_file", self._manifest.plain(), self._version, False)
         found = self._found()
         if not self._same(found):
             return None

@@ -62,7 +62,6 @@ class Snapshot:
 
     def __init__(self, folder: Path | None = None) -> None:
         """`folder` null: main memory. Raises EngineError when nothing can be written there."""
-        self.manifest: Manifest | None = None  # of the last complete set
         self._place = "memory" if folder is None else str(folder)
         try:
             self._folder = None if folder is None else OwnFolder(folder)
@@ -77,7 +76,7 @@ class Snapshot:
 
     def write(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Manifest:
         """Copies the tensors into the file as they come. Raises EngineError when they do not fit in it."""
-        self.manifest, entries, offset = None, list[Entry](), 0
+        entries, offset = list[Entry](), 0
         for name, tensor in weights:
             own = tensor.detach().contiguous().cpu()
             self._write(own, offset)
@@ -85,8 +84,7 @@ class Snapshot:
             entries.append(Entry(name, dtype, tuple(own.shape), offset, digest(own)))
             offset += -(-own.nbytes // ALIGNMENT) * ALIGNMENT
         os.truncate(self._handle, offset)
-        self.manifest = Manifest(str(self.path), version, tuple(entries))
-        return self.manifest
+        return Manifest(str(self.path), version, tuple(entries))
 
     def _write(self, tensor: Tensor, offset: int) -> None:
         """By the system, not through a memory map: where that runs out of room the process would be killed."""
