@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from otcrl.algos.mismatch import Correction
 from otcrl.compose import load, to_yaml
 from otcrl.construct import Constructor, check_section, construct, construct_as, locate, wired_parts
 from otcrl.errors import ConfigError
-from otcrl.experiment import Evaluate, Experiment, cold_start, evaluate, run_experiment
+from otcrl.experiment import Evaluate, Experiment, cold_start, evaluate, run_experiment, start_tools
 from otcrl.health import Health
 from otcrl.learner.deepspeed_backend import DeepSpeed, made_split
 from otcrl.learner.learner import Learner
@@ -82,22 +82,21 @@ def train_in(cfg: Config, start: Start) -> None:
     config = construct_as(Evaluate, cfg["evaluate"], "evaluate")
     world = build_world(cfg, trains=True)
     check_evaluation(config, world.task, world.dialect)
-    with Bars(quiet=not dist.is_first()) as bars:
-        run = build_run(cfg, world, bars, start)
-        try:
-            seconds = take_up(run, world, start, bars)
-            experiment = Experiment(
-                run=run,
-                evaluate=config,
-                resumed=start.checkpoint,
-                may_change=cfg["resume_changed"],
-                sft_seconds=seconds,
-            )
-            asyncio.run(closing(run_experiment(experiment), world, run.engine))
-        finally:
-            run.thread.close()
-            run.saver.close()
-            run.logger.close()
+    # one event loop to the end: tools that have started live in it
+    with Bars(quiet=not dist.is_first()) as bars, asyncio.Runner() as runner, ExitStack() as stack:
+        stack.callback(lambda: runner.run(close(world.tools)))
+        run = build_run(cfg, world, bars, start, runner)
+        for part in (run.logger, run.saver, run.thread):
+            stack.callback(part.close)
+        stack.callback(lambda: runner.run(run.engine.close()))
+        experiment = Experiment(
+            run=run,
+            evaluate=config,
+            resumed=start.checkpoint,
+            may_change=cfg["resume_changed"],
+            sft_seconds=take_up(run, world, start, bars),
+        )
+        runner.run(run_experiment(experiment))
 
 
 def start_process(cfg: Config) -> None:
@@ -339,8 +338,11 @@ def build_rollouts(cfg: Config, task: Task, collector: Collector, loop: Loop) ->
     return Rollouts(collector=collector, stream=stream, schedule=schedule, per_step=own, steps=loop.steps)
 
 
-def build_run(cfg: Config, world: World, bars: Bars, start: Start) -> Run:
-    """Whatever can be refused is refused here, before the cold start and before an earlier run is moved."""
+def build_run(cfg: Config, world: World, bars: Bars, start: Start, runner: asyncio.Runner) -> Run:
+    """Whatever can be refused is refused here, before the cold start and before an earlier run is moved.
+
+    Tools start here, in `runner`'s loop, for the same reason.
+    """
     loop = construct_as(Loop, cfg["loop"], "loop")
     algo = construct(cfg["algo"], "algo")
     correction = construct_as(Correction, cfg["correction"], "correction")
@@ -359,6 +361,7 @@ def build_run(cfg: Config, world: World, bars: Bars, start: Start) -> Run:
     types = (learner.autocast, learner.policy.dtype, getattr(engine, "dtype", None))
     proof = construct_as(Proof, cfg["sync"], "sync", rounds=any(map(is_16_bit, types)))
     health = construct_as(Health, cfg["health"], "health")
+    runner.run(start_tools(world.tools))
     folder = start.folder
     with start.prepared(cfg):
         earlier = earlier_steps(folder, start.step)

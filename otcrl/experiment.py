@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from otcrl.evaluate.offloading import Offloading, offloading
 from otcrl.evaluate.report import FILE, Report, before_after_table, make_report
 from otcrl.loggers import Loggers
 from otcrl.loggers.jsonl import JsonlLogger
-from otcrl.protocols import Dialect, Task
+from otcrl.protocols import Dialect, Task, Tool
 from otcrl.resume import check_tools
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.transcripts import Transcript, Transcripts
@@ -108,7 +108,6 @@ async def whole_experiment(experiment: Experiment) -> None:
     run, config, unless_terminated = experiment.run, experiment.evaluate, experiment.run.termination.unless
     if experiment.resumed is not None:
         await check_tools(experiment.resumed, run.collector.player.tools, experiment.may_change)
-    await unless_terminated(start_tools(run.collector))
     await publish(run, experiment.first_step, probes(run))
     begun = time.monotonic()
     before = await unless_terminated(report_before(experiment)) if config.before else None
@@ -139,9 +138,9 @@ async def whole_experiment(experiment: Experiment) -> None:
         sealed.write_whole(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-async def start_tools(collector: Collector) -> None:
+async def start_tools(tools: Mapping[str, Tool]) -> None:
     """An index opened, an interpreter warmed: it takes as long as it takes, and on no trajectory's account."""
-    starts = [getattr(tool, "start", None) for tool in collector.player.tools.values()]
+    starts = [getattr(tool, "start", None) for tool in tools.values()]
     await asyncio.gather(*(start() for start in starts if start is not None))
 
 
@@ -191,7 +190,7 @@ async def report_before(experiment: Experiment) -> Report:
 async def evaluate(collector: Collector, task: Task, config: Evaluate, folder: Path, bars: Bars, settings: str) -> None:
     """`otcrl eval`: the greedy report and, when asked for, the sampled one; `settings` are left beside each."""
     console = get_console()
-    await start_tools(collector)
+    await start_tools(collector.player.tools)
     modes = {"greedy": 0.0, "sampled": collector.temperature} if config.sampled else {"greedy": 0.0}
     for name, temperature in modes.items():
         found = await measure(collector, task, config, folder / name, bars, temperature)

@@ -243,6 +243,15 @@ def test_an_earlier_run_stays_in_its_place_when_the_next_one_is_refused(
     assert (tmp_path / "summary.json").is_file()
 
 
+def test_a_tool_that_does_not_answer_is_missed_before_the_cold_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    nobody = "http://127.0.0.1:9"
+    line = refusal(capsys, "train", *ATLAS, f"tools.python.urls=[{nobody}]", f"run_dir={tmp_path / 'run'}", code=1)
+    assert f"no Python sandbox serves: {nobody}" in line
+    assert not (tmp_path / "run").exists(), "an earlier run would have kept its place"
+
+
 def test_what_is_no_run_cannot_be_resumed_or_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for words in (["train", f"resume={tmp_path}"], ["eval", f"run={tmp_path}"]):
         assert refusal(capsys, *words) == f"{tmp_path} is not a run directory: it has no config.yaml"
