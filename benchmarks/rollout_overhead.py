@@ -28,7 +28,7 @@ from otcrl.protocols import Completion, ToolResult
 from otcrl.rewards.matching import exact_match
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Player
-from otcrl.rollout.schedule import Rollouts, Schedule
+from otcrl.rollout.schedule import Group, Rollouts, Schedule
 from otcrl.rollout.scoring import check_void, score
 from otcrl.rollout.stream import Stream
 from otcrl.train import rollout_metrics
@@ -132,6 +132,9 @@ async def one_step(player: Player, count: int, step: int) -> Cost:
     def sample(step: int, count: int) -> list[Problem]:
         return problems.sample(step, count)
 
+    async def fills(group: Group) -> bool:
+        return True
+
     rollouts = Rollouts(
         collector=collector,
         stream=Stream(sample, count // GROUP),
@@ -140,7 +143,7 @@ async def one_step(player: Player, count: int, step: int) -> Cost:
         steps=100,
     )
     times = [time.process_time()]
-    harvest = await rollouts.collect(step, lambda group: True, lambda done, total: None)
+    harvest = await rollouts.collect(step, fills, lambda done, total: None)
     times.append(time.process_time())
     check_void(harvest.groups, 0.0)
     score(reward, harvest.groups)

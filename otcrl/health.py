@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from otcrl.loggers.jsonl import append
 from otcrl.types import Metrics, Reward, Trajectory, count_calls
 
 USUAL = 32  # updates whose median norm is the usual one
@@ -98,20 +99,24 @@ def write_culprits(
     pull: Sequence[float],
     advantages: Sequence[float],
 ) -> None:
-    """Those that pulled most at the update. `pull`: of each, the sum over its tokens of |d loss / d log-prob|."""
-    total = sum(pull) or 1.0
-    with path.open("a", encoding="utf-8") as file:
-        for i in sorted(range(len(pairs)), key=lambda i: -pull[i])[:CULPRITS]:
-            trajectory, reward = pairs[i]
-            row = {
-                "step": step,
-                "problem": trajectory.problem.id,
-                "pull_share": pull[i] / total,
-                "advantage": advantages[i],
-                "reward": reward.value,
-                "calls": count_calls(trajectory, "well_formed"),
-                "tokens": len(trajectory.token_ids),
-                "stop": str(trajectory.stop),
-                "response": trajectory.response[:2000],
-            }
-            file.write(json.dumps(row) + "\n")
+    """Those that pulled most at the update. `pull`: of each, the sum over its tokens of |d loss / d log-prob|.
+
+    Raises OSError when they cannot be written; then the file is what it was.
+    """
+    total, lines = sum(pull) or 1.0, list[str]()
+    for i in sorted(range(len(pairs)), key=lambda i: -pull[i])[:CULPRITS]:
+        trajectory, reward = pairs[i]
+        row = {
+            "step": step,
+            "problem": trajectory.problem.id,
+            "pull_share": pull[i] / total,
+            "advantage": advantages[i],
+            "reward": reward.value,
+            "calls": count_calls(trajectory, "well_formed"),
+            "tokens": len(trajectory.token_ids),
+            "stop": str(trajectory.stop),
+            "response": trajectory.response[:2000],
+        }
+        lines.append(json.dumps(row) + "\n")
+    with path.open("ab", buffering=0) as file:
+        append(file, "".join(lines).encode())

@@ -28,7 +28,7 @@ from otcrl.protocols import Algorithm, Engine, RewardFn, Task
 from otcrl.rewards.given_up import GIVEN_UP
 from otcrl.rollout.collect import Collector, Progress
 from otcrl.rollout.schedule import Group, Rollouts, together
-from otcrl.rollout.scoring import check_void, has_signal, score, score_alike
+from otcrl.rollout.scoring import check_void, has_signal, score_alike
 from otcrl.rollout.stream import joined
 from otcrl.rollout.transcripts import Signal, Transcript, Transcripts, signals
 from otcrl.saver import Saver
@@ -110,7 +110,10 @@ class Run:
 async def train_step(step: int, run: Run) -> Metrics:
     """One optimisation step: problems in, new weights out."""
     clock, given_up = Stopwatch(), GIVEN_UP.count
-    signal = partial(has_signal, run.reward)
+
+    async def signal(group: Group) -> bool:  # a judge may be slow, and others are answered by their tools meanwhile
+        return await run.thread(has_signal, run.reward, group)
+
     playing = run.rollouts.collect(step, signal, run.bars(f"step {step} rollout"))
     harvest = await run.termination.all_unless(playing, run.thread)
     if dist.size() > 1:
@@ -118,7 +121,7 @@ async def train_step(step: int, run: Run) -> Metrics:
     check_void(harvest.groups, run.loop.max_void_share)
     clock.lap("rollout")
     unscored = [group for group in harvest.groups if group.scored is None]
-    await run.thread(score_alike, run.reward, unscored) if dist.size() > 1 else score(run.reward, unscored)
+    await run.thread(score_alike, run.reward, unscored)
     seen = rollout_metrics(harvest.groups) | harvest.metrics()
     seen["reward/judge_timeouts"] = GIVEN_UP.count - given_up
     scored_PG = [group.scored for group in harvest.groups if group.scored]
@@ -157,8 +160,12 @@ def checked_health(
         for warning in warnings:
             tell(f"step {step}: {warning}", sys.stdout)
         if found["health/grad_spike"]:
-            advantages = targets.advantages.abs().amax(1) * targets.advantages.sum(1).sign()
-            write_culprits(run.folder / "spikes.jsonl", step, learned, run.learner.pull_B.tolist(), advantages.tolist())
+            path, pull_B = run.folder / "spikes.jsonl", run.learner.pull_B.tolist()
+            advantages_B = targets.advantages.abs().amax(1) * targets.advantages.sum(1).sign()
+            try:
+                write_culprits(path, step, learned, pull_B, advantages_B.tolist())
+            except OSError as error:
+                say_unwritten(path, error, f"step {step} is not in it")
     return found
 
 

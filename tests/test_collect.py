@@ -119,7 +119,7 @@ def rollouts(engine: Slow, schedule: Schedule, *, steps: int = 100, concurrency:
 def quiet(done: int, total: int) -> None: ...
 
 
-def always(group: Group) -> bool:
+async def always(group: Group) -> bool:
     return True
 
 
@@ -141,12 +141,16 @@ def play(
     steps: int = 3,
     of: int = 100,
     update_s: float = 0.0,
-    fills: Callable[[Group], bool] = always,
+    fills: Callable[[Group], bool] = lambda group: True,
     since: Frontier | None = None,
     first: int = 0,
     concurrency: int = 1000,
 ) -> Played:
     """Steps `first` to `first + steps` of a run of `of` steps; each ends with an update that takes `update_s`."""
+
+    async def asked(group: Group) -> bool:
+        await asyncio.sleep(0)
+        return fills(group)
 
     async def main() -> Played:
         groups = rollouts(engine, schedule, steps=of, concurrency=concurrency)
@@ -155,7 +159,7 @@ def play(
         harvests, ends = [], []
         try:
             for step in range(first, first + steps):
-                harvests.append(await groups.collect(step, fills, quiet))
+                harvests.append(await groups.collect(step, asked, quiet))
                 ends.append(asyncio.get_running_loop().time())
                 await asyncio.sleep(update_s)
                 engine.version = step + 1

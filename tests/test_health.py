@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from otcrl.health import CULPRITS, Health, write_culprits
+from otcrl.train import checked_health
 from otcrl.types import Reward
 from tests.make import problem, trajectory
 
@@ -56,6 +62,18 @@ def test_a_resumed_run_judges_as_the_uninterrupted_one():
         whole({name: value for name, value in row.items() if value is not None})
     resumed.hear(rows)
     assert whole({"update/policy_grad_norm": 9.0}) == resumed({"update/policy_grad_norm": 9.0})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk without room is made up by Linux")
+def test_a_full_disk_ends_no_run_that_has_a_spike_to_write_down(tmp_path, capsys):
+    (tmp_path / "spikes.jsonl").symlink_to("/dev/full")
+    run: Any = SimpleNamespace(
+        folder=tmp_path, health=lambda metrics: ({"health/grad_spike": 1.0}, ["a spike"]),
+        learner=SimpleNamespace(pull_B=torch.ones(1)),
+    )  # fmt: skip
+    targets: Any = SimpleNamespace(advantages=torch.ones(1, 2))
+    assert checked_health(3, run, {}, [(trajectory(), Reward(1.0))], targets) == {"health/grad_spike": 1.0}
+    assert re.search(r"spikes.jsonl could not be written: .*; step 3 is not in it", capsys.readouterr().err)
 
 
 def test_those_that_pulled_most_are_named(tmp_path):

@@ -38,7 +38,11 @@ def saying(model: PreTrainedModel):
 
 
 def run(
-    check: Proof, learner: PreTrainedModel, given: PreTrainedModel | Iterable[tuple[str, Tensor]], version: int = 1
+    check: Proof,
+    learner: PreTrainedModel,
+    given: PreTrainedModel | Iterable[tuple[str, Tensor]],
+    version: int = 1,
+    probes: Sequence[Sequence[int]] = PROBES,
 ) -> dict[str, float]:
     """The learner's weights are `learner`'s, and what reached the engine are those that were `given`."""
     weights = given.named_parameters() if isinstance(given, PreTrainedModel) else given
@@ -50,7 +54,7 @@ def run(
         )  # fmt: skip
         await engine.load_weights(weights, version)
         try:
-            return await check(engine, saying(learner), PROBES, version)
+            return await check(engine, saying(learner), probes, version)
         finally:
             await engine.close()
 
@@ -140,6 +144,12 @@ def test_nan_is_no_agreement(learner):
 
 def test_probes_are_the_shortest_sequences_cut_to_length():
     assert proof(probes=2, tokens=3).chosen([[1] * 9, [2], [3, 3], [4] * 5]) == [[3, 3], [4, 4, 4]]
+
+
+def test_a_probe_leaves_the_engine_the_token_that_it_samples_to_score_it(learner):
+    """Of a step whose trajectories all fill the context."""
+    full = [TOKENIZER.encode("12 * 7 = 84 ")[:1] * 128]
+    assert run(proof(tokens=512), learner, learner, probes=full)["sync/logprob_gap_max"] < 1e-4
 
 
 def test_proofs_may_be_made_less_often():

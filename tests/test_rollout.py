@@ -323,6 +323,28 @@ def test_the_session_is_released_even_when_the_engine_fails():
     assert (tool.released, engine.released) == (["s"], ["s"])
 
 
+def test_every_tool_is_released_though_the_trajectory_is_cancelled_while_it_waits_for_one():
+    """A group that is given up begins again under the same names: nothing of the first time may be left."""
+
+    class Busy(Search):
+        async def release(self, session: str) -> None:
+            await asyncio.sleep(0.05)
+            await super().release(session)
+
+    busy, other = Busy(), Search()
+    both = replace(player(Script(ANSWER)), tools={"search": busy, "other": other})
+
+    async def given_up() -> bool:
+        playing = asyncio.create_task(both.play(PROBLEM, temperature=1.0, seed=7, session="s"))
+        await asyncio.sleep(0.02)
+        playing.cancel()
+        await asyncio.wait([playing])
+        return playing.cancelled()
+
+    assert asyncio.run(given_up())
+    assert (busy.released, other.released) == (["s"], ["s"])
+
+
 def test_a_problem_without_a_question_is_refused_by_name():
     with pytest.raises(DataError, match="'toy/train/9' has an empty prompt"):
         play(Script(ANSWER), problem=Problem(id="toy/train/9", question="  ", answers=("b",), source="toy"))

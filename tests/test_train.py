@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,9 +23,10 @@ from otcrl.evaluate.report import Report
 from otcrl.presets import conf_dir
 from otcrl.protocols import RewardFn
 from otcrl.rewards.given_up import GIVEN_UP
+from otcrl.rewards.otc import OTCReward
 from otcrl.rewards.overlong import Overlong
 from otcrl.rollout.schedule import Group
-from otcrl.rollout.scoring import check_void, has_signal, score
+from otcrl.rollout.scoring import check_void, has_signal, score, score_alike
 from otcrl.train import rollout_metrics
 from otcrl.types import Outcome, Reward, Stop, Trajectory
 from tests.make import problem, trajectory
@@ -80,11 +82,26 @@ def test_every_step_reports_calls_rewards_and_phases(finished):
 def test_a_step_counts_the_answers_that_its_judge_gave_up(tmp_path, monkeypatch):
     def judged(reward: RewardFn, groups: Sequence[Group]) -> None:
         GIVEN_UP.add("9^9^9", "took too long")
-        score(reward, groups)
+        score_alike(reward, groups)
 
-    monkeypatch.setattr("otcrl.train.score", judged)
+    monkeypatch.setattr("otcrl.train.score_alike", judged)
     train(tmp_path / "run", *BRIEF, "sft.steps=1", "loop.steps=2")
     assert [row["reward/judge_timeouts"] for row in lines(tmp_path / "run/metrics.jsonl")[:2]] == [1, 1]
+
+
+class Slow(OTCReward):
+    """A judge that thinks: whoever waits for a tool meanwhile must hear its answer, so not on the event loop."""
+
+    def __call__(self, trajectories_PG: Sequence[Sequence[Trajectory]]) -> list[list[Reward]]:
+        assert threading.current_thread() is not threading.main_thread()
+        return super().__call__(trajectories_PG)
+
+
+@pytest.mark.parametrize("only_signal", [False, True])
+def test_rewards_are_judged_beside_the_event_loop(tmp_path, only_signal):
+    judge = ["reward._target_=tests.test_train.Slow", f"rollout.schedule.only_signal={only_signal}"]
+    train(tmp_path / "run", *BRIEF, "sft.steps=1", "loop.steps=2", *judge)
+    assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]
 
 
 def test_every_step_reports_how_well_sampler_and_learner_agree(tmp_path):

@@ -395,6 +395,40 @@ def test_a_server_with_prefixes_of_other_weights_does_not_go_on(refuses, ends):
     assert ("resume" in asked) is not ends
 
 
+def test_a_server_that_was_too_busy_for_new_weights_samples_no_more_from_the_old():
+    """It answers, so it is not lost; but it is paused, and whoever were sent there would wait for ever."""
+    refused = list[str]()
+
+    def serving(name: str) -> FastAPI:
+        app = FastAPI()
+        for path in ("/pause", "/resume", "/reset_prefix_cache"):
+            app.post(path)(lambda: {"success": True})
+
+        @app.post("/collective_rpc")
+        def load() -> JSONResponse:
+            if name == "busy" and not refused:
+                refused.append(name)
+                return JSONResponse({}, 429)
+            return JSONResponse({"results": [{"version": 5, "damaged": [], "unchanged": []}]})
+
+        return app
+
+    async def publish(*urls: str) -> list[int | None]:
+        model = fresh_model()
+        engine = make([*urls], model)
+        try:
+            for server in engine._fleet.servers:
+                engine._fleet.admit(server, 4)
+            engine._weights.prepare(model.named_parameters(), 5)
+            await engine._give(engine._fleet.servers, 5)
+            return [server.version for server in engine._fleet.servers]
+        finally:
+            await engine.close()
+
+    with served(serving("busy")) as busy, served(serving("other")) as other:
+        assert asyncio.run(publish(busy, other)) == [None, 5]
+
+
 def test_without_the_extension_a_server_is_told_so(tmp_path):
     app = pretends(data_parallel=None)
 

@@ -53,6 +53,7 @@ class Proof:
         version: int,
     ) -> Metrics:
         """Metrics of the difference. `says`: the learner's log-probs. Raises TrainingError when it is too large."""
+        probes = [ids[: engine.context - 1] for ids in probes]  # to score them the engine samples a token more
         answers = await asyncio.gather(*(engine.score(ids) for ids in probes))
         expected = [await says(ids) for ids in probes]
         pairs = [pair for both in zip(answers, expected, strict=True) for pair in list(zip(*both, strict=True))[1:]]

@@ -64,7 +64,8 @@ class Gate:
         while not self.is_open:
             self.check()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._open.wait(), timeout=LOOK_S)
+                async with asyncio.timeout(LOOK_S):  # wait_for of Python 3.11 would swallow a cancellation
+                    await self._open.wait()
 
     @asynccontextmanager
     async def publishing(self, version: int, to: str) -> AsyncIterator[None]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from otcrl.errors import DataError, ToolUnavailable
 from otcrl.protocols import (
@@ -128,6 +129,10 @@ class Player:
                 f"{self.engine.context}: raise engine.context or drop the problem"
             )
 
+    async def _release(self, session: str) -> None:
+        for tool in self.tools.values():
+            await tool.release(session)
+
     async def play(
         self, problem: Problem, *, temperature: float, seed: int, session: str, opening: str = ""
     ) -> Trajectory:
@@ -143,8 +148,7 @@ class Player:
             stop = await self._turns(problem, draft, opening, temperature=temperature, seed=seed, session=session)
         finally:
             self.engine.release(session)
-            for tool in self.tools.values():
-                await tool.release(session)
+            await to_its_end(self._release(session))
         if draft.answer is None and isinstance(self.dialect, Remembers):
             draft.answer = self.dialect.answered(draft.turns)
             stop = Stop.ANSWERED if draft.answer is not None and stop is Stop.INVALID else stop
@@ -319,3 +323,15 @@ async def run_call(tool: Tool, arguments: str, session: str, timeout_s: float) -
         result = ToolResult(f"{tool.name} did not answer within {timeout_s} s", Outcome.INFRA_ERROR)
     text = result.text.encode(errors="replace").decode()  # half a surrogate pair is no text that has tokens
     return ToolCall(tool.name, arguments, text, result.outcome, time.monotonic() - begun, result.price, result.cached)
+
+
+async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits it; a cancellation takes effect when it is done, not in its middle."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # looked at, so that asyncio does not report it as overlooked
+        raise

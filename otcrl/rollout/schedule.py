@@ -10,7 +10,7 @@ import asyncio
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -143,7 +143,7 @@ class Rollouts:
         """Nothing is under way, so the engine may sleep."""
         return not self._flying
 
-    async def collect(self, step: int, fills: Callable[[Group], bool], progress: Progress) -> Harvest:
+    async def collect(self, step: int, fills: Callable[[Group], Awaitable[bool]], progress: Progress) -> Harvest:
         """The groups that `step` consumes; with `ahead`, the next step's have begun.
 
         With `only_signal`, `fills` is asked once about every group as it is complete. Raises what the first
@@ -201,7 +201,7 @@ class Rollouts:
         names = self._stream.names(group.number, self._collector.group_size)
         group.trajectories = await self._collector.group(group.problem, names, self._slots, partial(self._count, group))
 
-    async def _fill(self, step: int, fills: Callable[[Group], bool], tally: Tally) -> list[Group]:
+    async def _fill(self, step: int, fills: Callable[[Group], Awaitable[bool]], tally: Tally) -> list[Group]:
         """Groups for all places of the step, with those that turned out not to fill one."""
         places, draws = self._per_step, math.ceil(self._schedule.max_draws * self._per_step)
         self._begin(step, places, draws)
@@ -211,7 +211,7 @@ class Rollouts:
             for group in await self._next(min(places, draws - len(played))):
                 played.append(group)
                 del self._first[group.number]
-                group.fills = not self._schedule.only_signal or fills(group)
+                group.fills = not self._schedule.only_signal or await fills(group)
                 places -= group.fills
                 tally.total += 0 if group.fills else self._collector.group_size
             self._begin(step, places, draws - len(played))

@@ -205,12 +205,15 @@ class VLLMServers:
     async def _give(self, servers: Sequence[Server], version: int, *, again: bool = False) -> list[Server]:
         """Those that now sample from the weights prepared last. Raises EngineError when one has others."""
         async with deadline(self.sync_timeout_s, f"publishing version {version}"):
-            servers = await self._fleet.each(servers, self._stop)
-            servers = await self._weights.bring(servers, again=again)
-            servers = await self._fleet.each(servers, self._go_on)
+            having = await self._fleet.each(servers, self._stop)
+            having = await self._weights.bring(having, again=again)
+            having = await self._fleet.each(having, self._go_on)
         for server in servers:
-            self._fleet.admit(server, version)
-        return servers
+            if server in having:
+                self._fleet.admit(server, version)
+            elif server.version is not None:  # it was busy, is paused perhaps, and has other weights
+                self._fleet.eject(server, f"it did not take version {version}")
+        return having
 
     async def _stop(self, server: Server) -> None:
         """End whatever it is generating; who waits for it submits it again."""
