@@ -160,11 +160,7 @@ def run_eval(cfg: Config) -> None:
             model |= cfg["model"]
         cfg = {**cfg, "model": {**model, "path": path}}
     if cfg["data"]:
-        own = cfg["task"].get("_target_", "")
-        target = own if own.endswith(".ToolCalls") else "otcrl.tasks.question_answering.QuestionAnswering"
-        match = {"match": "math"} if "arithmetic" in own else {}
-        kept = {key: cfg["task"][key] for key in ("in_domain", "match") if key in cfg["task"] and target != own}
-        cfg = {**cfg, "task": {"_target_": target, "test": cfg["data"], **match, **kept}}
+        cfg = {**cfg, "task": asking(cfg["task"], cfg["data"])}
     needs_model = "model" in wired_parts(engine_class(cfg))  # an endpoint elsewhere has its own
     world = build_world(cfg, weights=needs_model)
     if not world.task.held_out():
@@ -180,6 +176,15 @@ def run_eval(cfg: Config) -> None:
         work = evaluate(collector, world.task, config, folder, bars, to_yaml(dict(cfg)))
         asyncio.run(closing(work, world, engine))
     dist.stop()
+
+
+def asking(task: Config, data: Sequence[str]) -> Config:
+    """The task that asks the questions of the files `data` instead of its own, and judges as it does."""
+    own, qa = task.get("_target_", ""), "otcrl.tasks.question_answering.QuestionAnswering"
+    if own == qa or own.endswith(".ToolCalls"):  # it reads files itself
+        return {**task, "train": [], "test": data}
+    match = {"match": "math"} if "arithmetic" in own else {}
+    return {"_target_": qa, "test": data, **match, **{key: task[key] for key in ("in_domain", "match") if key in task}}
 
 
 def trained_model(run: Path, step: str | None) -> Path:

@@ -60,6 +60,7 @@ class Standing:
     step: int  # the next one
     reward_state: Mapping[str, float]
     frontier: Frontier
+    version: int  # of the weights that the engine has: behind `step` after steps that nothing was learned from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,12 +225,14 @@ def read(path: Path) -> Checkpoint:
     run = json.loads((path / "run.json").read_text())
     cursor, pending, since = (run["frontier"][name] for name in ("cursor", "pending", "since"))
     frontier = Frontier(cursor=cursor, pending=tuple(pending), since=tuple((number, step) for number, step in since))
-    standing = Standing(step=about["step"], reward_state=run["reward_state"], frontier=frontier)
+    version = run.get("version", about["step"])  # not in those of the first days
+    standing = Standing(step=about["step"], reward_state=run["reward_state"], frontier=frontier, version=version)
     return Checkpoint(path=path, standing=standing, about=about)
 
 
 def write_run(folder: Path, standing: Standing) -> None:
     run = {"frontier": asdict(standing.frontier), "reward_state": dict(standing.reward_state)}
+    run |= {"version": standing.version}
     (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
 
 

@@ -102,6 +102,9 @@ def launch(start: Callable[[Config], None], config: Config, flags: frozenset[str
     return 0
 
 
+OF_FILES = ("reader", "skip_bad_rows", "max_test")  # settings of a task that are about the files that it reads
+
+
 def run_config(settings: list[str]) -> Config:
     """The config of a training run. `resume=DIR` without `conf=` takes the one that DIR was started with."""
     from otcrl.compose import compose
@@ -137,10 +140,14 @@ def eval_config(settings: list[str]) -> Config:
     if model in options("model"):
         overrides, model = [*overrides, f"model={model}"], None
     config = compose(overrides, preset=find_preset(conf) if conf else None, run=Path(run) if run else None)
+    data = [item for item in named.get("data", "").split(",") if item]
+    if data:  # what the config says of its own files says nothing of these, unless it is typed beside them
+        typed = {override.partition("=")[0].lstrip("+") for override in overrides}
+        config["task"] = {k: v for k, v in config["task"].items() if k not in OF_FILES or f"task.{k}" in typed}
     return config | {
         "run": run,
         "checkpoint": model,
-        "data": [item for item in named.get("data", "").split(",") if item],
+        "data": data,
         "step": step,
         "as": folder,
     }

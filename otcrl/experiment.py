@@ -108,7 +108,7 @@ async def whole_experiment(experiment: Experiment) -> None:
     run, config, unless_terminated = experiment.run, experiment.evaluate, experiment.run.termination.unless
     if experiment.resumed is not None:
         await check_tools(experiment.resumed, run.collector.player.tools, experiment.may_change)
-    await publish(run, experiment.first_step, probes(run))
+    await publish(run, 0 if experiment.resumed is None else experiment.resumed.standing.version, probes(run))
     begun = time.monotonic()
     before = await unless_terminated(report_before(experiment)) if config.before else None
     before_s = time.monotonic() - begun

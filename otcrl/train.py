@@ -245,7 +245,12 @@ def check_best(metric: str | None, metrics: Metrics) -> None:
 
 def stand(run: Run, step: int) -> Standing:
     """Of this rank: its own part of the problems."""
-    return Standing(step=step, reward_state=run.reward.state_dict(), frontier=run.rollouts.frontier())
+    return Standing(
+        step=step,
+        reward_state=run.reward.state_dict(),
+        frontier=run.rollouts.frontier(),
+        version=run.engine.version,
+    )
 
 
 async def save(run: Run, standing: Standing) -> None:

@@ -428,6 +428,16 @@ def test_a_token_that_a_correction_has_masked_adds_nothing_though_its_ratio_be_i
     assert far.grad.tolist() == [[0.0, -1.0]]
 
 
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_token_far_beyond_the_bound_has_the_gradient_of_one_just_beyond_it(advantage):
+    """Where it is clipped none, and no NaN: RLOO's ratio is of a whole trajectory, and soon overflows."""
+    log_ratios = torch.tensor([[0.3, 80.0]] if advantage < 0 else [[0.3, 2000.0]]).requires_grad_()
+    clipped_surrogate(log_ratios, torch.zeros(1, 2), torch.full((1, 2), advantage), 0.2, 0.2).sum().backward()
+    assert log_ratios.grad is not None
+    expected = [0.0, 0.0] if advantage > 0 else log_ratios.detach().exp()[0].tolist()
+    assert log_ratios.grad[0].tolist() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("name", ["grpo", "ppo"])
 def test_a_penalty_without_a_coefficient_adds_nothing_though_it_be_inf(name):
     """Without a reference its log-probs are the old ones, of which the policy may be far."""

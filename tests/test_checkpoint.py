@@ -31,7 +31,7 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer().hf
 STANDING = Standing(
-    step=3, reward_state={"atlas/1": 2}, frontier=Frontier(cursor=9, pending=(4, 7), since=((4, 0), (7, 2)))
+    step=3, reward_state={"atlas/1": 2}, frontier=Frontier(cursor=9, pending=(4, 7), since=((4, 0), (7, 2))), version=2
 )
 
 
@@ -58,7 +58,7 @@ def new_saver(folder: Path, **other) -> Saver:
 
 def saved(folder: Path, learner: Learner, step: int = 3, **other) -> Checkpoint:
     writer = new_saver(folder, **other)
-    writer.save(Standing(step=step, reward_state={}, frontier=Frontier(cursor=step)), learner, TOKENIZER)
+    writer.save(Standing(step=step, reward_state={}, frontier=Frontier(cursor=step), version=step), learner, TOKENIZER)
     writer.wait()
     writer.close()
     found = newest(folder, pytest.fail)
@@ -170,7 +170,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
     writer = new_saver(folder)
     for step in (1, 2):
         writer.save(
-            Standing(step=step, reward_state={}, frontier=Frontier(cursor=step)), make_learner(grpo()), TOKENIZER
+            Standing(step=step, reward_state={}, frontier=Frontier(cursor=step), version=step),
+            make_learner(grpo()),
+            TOKENIZER,
         )
     writer.wait()
 
@@ -290,7 +292,7 @@ def test_one_is_written_at_a_time(tmp_path, monkeypatch):
     learner, slow, writer = make_learner(grpo()), Slow(monkeypatch), new_saver(tmp_path)
     writer.save(STANDING, learner, TOKENIZER)
     threading.Timer(0.2, slow.go.set).start()
-    writer.save(Standing(step=4, reward_state={}, frontier=Frontier(cursor=9)), learner, TOKENIZER)
+    writer.save(Standing(step=4, reward_state={}, frontier=Frontier(cursor=9), version=4), learner, TOKENIZER)
     assert names(tmp_path)[0] == "step-000003" or names(tmp_path)[1] == "step-000003"  # the second may have begun
     assert writer.metrics()["checkpoint/blocked_s"] > 0.15
     writer.wait()
@@ -327,7 +329,7 @@ def test_pythons_lock_is_free_while_a_large_file_is_written(tmp_path):
 def steps_kept(folder: Path, keep: int, keep_best: str | None, rewards: dict[int, float]) -> list[str]:
     learner, writer = make_learner(grpo()), new_saver(folder, keep=keep, keep_best=keep_best)
     for step in range(1, 7):
-        writer.save(Standing(step=step, reward_state={}, frontier=Frontier(cursor=0)), learner, TOKENIZER)
+        writer.save(Standing(step=step, reward_state={}, frontier=Frontier(cursor=0), version=step), learner, TOKENIZER)
         writer.wait()
         writer.best.hear(step, {"reward/value": rewards[step]})
     return [str(int(name[-2:])) for name in names(folder)]

@@ -16,6 +16,8 @@ import pytest
 import yaml
 
 from otcrl import cli
+from otcrl.build import asking
+from otcrl.cli import eval_config
 from otcrl.compose import compose, expand, to_yaml
 from otcrl.errors import ConfigError
 from otcrl.manual import COMMANDS
@@ -175,6 +177,20 @@ def test_eval_takes_a_run_or_a_model(demo: Path, tmp_path: Path, capsys: pytest.
     config = printed(capsys, "eval", "model=some/model", f"conf={demo}")
     assert (config["run"], config["checkpoint"], config["data"]) == (None, "some/model", [])
     assert refusal(capsys, "eval").startswith("add either run=DIR or model=NAME_OR_PATH")
+
+
+def test_files_to_evaluate_are_asked_as_the_task_asks_its_own_and_read_as_what_is_typed_says():
+    """A preset that judges mathematics still does; its `max_test` is about its own files."""
+    words = ["conf=torl_grpo", "data=a.jsonl,b.jsonl", "task.skip_bad_rows=true"]
+    config = eval_config(words)
+    task = asking(config["task"], config["data"])
+    assert (task["match"], task["test"], task["train"]) == ("math", ["a.jsonl", "b.jsonl"], [])
+    assert task["skip_bad_rows"] is True
+    few = ["conf=smollm2_search", "data=a.jsonl", "task.train=[]"]
+    assert "max_test" not in eval_config(few)["task"], "30 in the preset"
+    assert eval_config([*few, "task.max_test=5"])["task"]["max_test"] == 5
+    sums = eval_config(["conf=smollm2_python", "data=a.jsonl"])
+    assert asking(sums["task"], ["a.jsonl"])["match"] == "math"
 
 
 def test_eval_takes_a_checkpoint_of_a_run_and_a_folder_for_its_results(

@@ -420,6 +420,9 @@ def test_the_evaluation_that_is_meant_is_found(tmp_path: Path) -> None:
     assert find(run, "before").step == 0
     inside = find(run / "eval/step-000020/greedy")
     assert (inside.run, inside.name, inside.step, inside.label) == (run, "step-000020/greedy", 20, "run")
+    save(run, {"nq/greedy": RUN})
+    (run / "eval/nq/greedy/config.yaml").write_text("step: '3'\n")
+    assert find(run, "nq/greedy").step == 3, "otcrl eval step=3 as=nq"
     with pytest.raises(DataError, match=r"holds no evaluation 'befor'\. Did you mean 'before'"):
         find(run, "befor")
     with pytest.raises(DataError, match="holds no evaluation"):

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from otcrl import dist
 from otcrl.checkpoint import Frontier
 from otcrl.models.critic import Critic
 from otcrl.packing import common_prefix, shares
@@ -97,6 +98,34 @@ def test_state_goes_from_one_learner_to_another_bit_for_bit(together):
 
 def test_training_begins_with_the_weights_that_there_are_and_the_reference_has_them(together):
     assert all(together[name]["begun"] for name in ranks.ZERO)
+
+
+LONE = """
+import torch
+from tests import ranks
+from tests.test_learner import POLICY, random_batch, with_shared_prompts
+
+POLICY.bfloat16()
+settings = {"backend": "deepspeed", "deepspeed": ranks.zero(2, "none")}
+learner, algo, batch = ranks.made("ppo", **settings), ranks.EVERY["ppo"], with_shared_prompts(random_batch(rows=4))
+scores = learner.score(batch)
+learner.update(0, batch, scores, algo.targets(batch, scores), algo)
+values = learner.score(batch).values
+assert values.dtype == torch.float32
+assert not torch.equal(values, values.bfloat16().float()), "they go into GAE, and eight bits are too few"
+assert ranks.restored("ppo", learner, settings)
+"""
+
+
+def test_a_process_alone_needs_no_launcher_and_its_values_keep_their_precision_in_bfloat16():
+    """`scale=1gpu` is started without torchrun."""
+    pytest.importorskip("deepspeed")
+    alone = {name: value for name, value in os.environ.items() if name not in dist.NAMES}
+    run = subprocess.run(
+        [sys.executable, "-c", LONE], env=alone | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, cwd=ROOT,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-9000:]
 
 
 @LONG

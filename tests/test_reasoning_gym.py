@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import time
 from collections import Counter
 from dataclasses import replace
@@ -13,6 +14,7 @@ from otcrl.dialects.torl import ToRL
 from otcrl.errors import ConfigError
 from otcrl.rewards.given_up import GIVEN_UP
 from otcrl.tasks.reasoning_gym import ReasoningGym, is_plain
+from otcrl.tasks.reasoning_gym_verifier import harmless
 from otcrl.types import Problem
 
 pytest.importorskip("reasoning_gym", reason="needs otcrl[reasoning]")
@@ -69,6 +71,8 @@ def attack(matrix: Problem, code: str) -> str:
         "print(1.0)",
         "__import__('sys').stdout.write('1.0\\n')",
         "__import__('os')._exit(0)",
+        "print(__import__('__main__').asked['signature'], 1.0, flush=True), __import__('os')._exit(0)",
+        "[f.f_locals for f in [().__class__.__base__.__subclasses__()]]",
         "__import__('sys').exit(0)",
         "open('{path}', 'w').write('x')",
         "9**9**9**9",
@@ -82,6 +86,34 @@ def test_an_answer_that_runs_gains_nothing_and_touches_nothing(judged: Reasoning
     assert not target.exists()
     assert GIVEN_UP.count - given_up == ("9**9" in code)
     assert time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize("calls", ["print(1.0)", "sympify('print(1.0)')", "sin('print(1.0)')", "x.subs(x, print(1.0))"])
+def test_of_what_sympy_is_given_only_mathematics_is_evaluated(judged: ReasoningGym, calls: str):
+    integral = next(p for p in judged.held_out() if p.source == "simple_integration")
+    antiderivative = integral.answers[0].replace("+ C", "")
+    assert judged.correct(f"({antiderivative}) + Abs(-2) - sqrt(4) + log(E) + C", integral) == 1.0
+    assert judged.correct(f"({antiderivative}) + 0 * {calls} + C", integral) < 0.1
+
+
+def test_no_data_set_misses_what_answers_may_not_do(monkeypatch: pytest.MonkeyPatch):
+    """Every verifier still takes its data set's own answers."""
+    from reasoning_gym.factory import DATASETS, create_dataset
+
+    missed = []
+    for name in DATASETS:
+        try:
+            dataset = create_dataset(name, seed=0, size=2)
+            entries = [dataset[i] for i in range(2)]
+        except (AssertionError, ValueError, TypeError, ImportError, OSError):
+            continue  # it cannot be made without options
+        if is_plain(dataset):
+            continue
+        before = [dataset.score_answer(str(entry["answer"]), entry) for entry in entries]
+        with monkeypatch.context() as context:
+            context.setattr(builtins, "eval", harmless)
+            missed += [name] * (before != [dataset.score_answer(str(entry["answer"]), entry) for entry in entries])
+    assert not missed
 
 
 def test_only_comparisons_of_texts_run_here(judged: ReasoningGym):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from otcrl.errors import ConfigError, ToolUnavailable
+from otcrl.tools.sandbox import jail
 from otcrl.tools.sandbox.execution import Execution, Program, State
 from otcrl.tools.sandbox.inside import channel, heap
 from otcrl.tools.sandbox.jail import START
@@ -483,6 +484,12 @@ def test_what_is_allocated_after_settling_does_not_lie_in_the_holes_of_what_was_
     kept = [heap.block(64) for _ in range(300)]
     new = set(map(id, kept))
     assert not new & holes
+
+
+def test_a_preload_that_takes_too_long_to_import_is_no_traceback(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jail, "PROBE_S", 0.01)
+    with pytest.raises(ToolUnavailable, match=r"preload: to import \['packaging.version'\] took more than 0.01 s here"):
+        jail.package_paths(["packaging.version"])
 
 
 def test_a_preload_that_does_not_exist_is_refused():

@@ -138,10 +138,7 @@ def test_one_seed_fixes_the_whole_run(finished, tmp_path):
 def test_a_run_that_stopped_goes_on_where_it_was(finished, tmp_path):
     whole = tmp_path / "stopped"
     train(whole, "loop.steps=4")
-    checkpoints = sorted((whole / "checkpoints").iterdir())
-    for file in sorted(checkpoints[-1].rglob("*"), reverse=True):
-        file.rmdir() if file.is_dir() else file.unlink()
-    checkpoints[-1].rmdir()  # as if it had been killed after step 3
+    rmtree(max((whole / "checkpoints").iterdir()))  # as if it had been killed after step 3
     run_train(run_config([f"resume={whole}"]))
     assert [row["step"] for row in lines(whole / "metrics.jsonl")] == [0, 1, 2, 3, 4]
     for a, b in zip(learned(finished), learned(whole), strict=True):
@@ -371,6 +368,17 @@ def test_a_step_without_any_signal_is_skipped_and_says_so(tmp_path):
         assert row["reward/groups_with_signal"] == 0
         assert "update/loss" not in row
     assert frontiers(tmp_path / "run")[-1] == {"cursor": 24, "pending": [], "since": []}
+
+
+def test_a_restart_after_steps_without_a_signal_calls_the_weights_by_the_same_version(tmp_path):
+    """Schedules of rewards go by it: they would jump."""
+    nobody_is_right = ["sft.steps=1", "loop.steps=3", "rollout.schedule.only_signal=true", "loop.checkpoint_every=2"]
+    train(tmp_path / "run", *BRIEF, *nobody_is_right)
+    last = max((tmp_path / "run/checkpoints").iterdir())
+    assert json.loads((last / "run.json").read_text())["version"] == 0, "the weights of the cold start"
+    rmtree(last)
+    run_train(run_config([f"resume={tmp_path / 'run'}"]))
+    assert json.loads((last / "run.json").read_text())["version"] == 0
 
 
 @pytest.mark.slow

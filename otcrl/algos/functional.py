@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -104,9 +106,11 @@ def kl_penalty(coef: float, kl: Tensor) -> Tensor | float:
 def clipped_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
     """PPO, arXiv:1707.06347 Eq. 7, negated:  -min(w A, clip(w, 1 - low, 1 + high) A),  w = pi / pi_old.
 
-    0 where A is 0, though w be inf: a correction may have masked the token for just that.
+    0 where A is 0, though w be inf: a correction may have masked the token for just that. Where A > 0 a token far above
+    the bound has no gradient either, and not the NaN of 0 times inf.
     """
-    ratio = torch.where(advantages != 0, logprobs - old_logprobs, 0.0).exp()
+    log_ratio = torch.where(advantages != 0, logprobs - old_logprobs, 0.0)
+    ratio = torch.where(advantages > 0, log_ratio.clamp(max=math.log1p(high) + 1), log_ratio).exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 

@@ -54,6 +54,8 @@ class Evaluated:
         """Training steps that the model had behind it; None where nothing says it."""
         if found := STEP.search(self.name):
             return int(found[1])
+        if (asked := read_config(self.folder).get("step")) is not None:  # of `otcrl eval step=N as=NAME`
+            return int(asked)
         if self.name.endswith("before"):
             return 0
         rows = steps(self.run)

@@ -316,7 +316,8 @@ def imported() -> Any:
 
 
 def alone() -> None:
-    """A process group of one, which DeepSpeed needs even so."""
+    """A process group of one, which DeepSpeed needs even so, and what a launcher would have said."""
+    os.environ.setdefault("LOCAL_RANK", "0")
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]  # documented, and not in __all__
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)

@@ -31,7 +31,7 @@ class Critic(nn.Module):
         inputs = {"input_ids": token_ids_BT, "use_cache": False} if packed is None else packed.inputs()
         hidden = self.body(**inputs).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):  # the body's affair, if it is on
-            values_BT = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+            values_BT = self.head(hidden).squeeze(-1)
         if packed is not None:
             values_BT = values_BT[0].take(packed.where_BT)
         T = token_ids_BT.shape[1]
@@ -47,16 +47,24 @@ class SharedCritic(nn.Module):
 
     def forward(self, hidden_ND: Tensor, action_mask_BT: Tensor) -> Tensor:
         """values [B, T], float32 or wider, 0 off the N actions, which these hidden states chose (`token_states`)."""
-        values_N = self.head(hidden_ND.to(self.head.weight.dtype)).squeeze(-1)
+        values_N = self.head(hidden_ND).squeeze(-1)
         empty_BT = torch.zeros(action_mask_BT.shape, device=values_N.device, dtype=values_N.dtype)
         return empty_BT.index_put(action_mask_BT.nonzero(as_tuple=True), values_N)
 
 
-def value_head(policy: PreTrainedModel) -> nn.Linear:
-    """One number for each hidden state of the policy, 0 as yet; float32 or wider."""
-    wide = torch.promote_types(policy.dtype, torch.float32)
+class ValueHead(nn.Linear):
+    """One number for each hidden state, 0 as yet; float32 or wider, though DeepSpeed keep its weights in 16 bits."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__(width, 1, dtype=dtype)
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return nn.functional.linear(input.to(wide), self.weight.to(wide), self.bias.to(wide))
+
+
+def value_head(policy: PreTrainedModel) -> ValueHead:
     with torch.device(policy.device):
-        head = nn.Linear(policy.config.get_text_config().hidden_size, 1, dtype=wide)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
+        return ValueHead(policy.config.get_text_config().hidden_size, torch.promote_types(policy.dtype, torch.float32))

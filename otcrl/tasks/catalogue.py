@@ -18,7 +18,7 @@ class Published:
 BOTH = {"train": "train", "validation": "test"}  # the tests of these are secret
 CATALOGUE: dict[str, Published] = {
     "nq": Published("plain", "google-research-datasets/nq_open", splits=BOTH),
-    "triviaqa": Published("triviaqa", "mandarjoshi/trivia_qa", "rc.nocontext", BOTH),
+    "triviaqa": Published("triviaqa", "mandarjoshi/trivia_qa", "unfiltered.nocontext", BOTH),
     "popqa": Published("popqa", "akariasai/PopQA", splits={"test": "test"}),
     "hotpotqa": Published("hotpotqa", "hotpotqa/hotpot_qa", "distractor", BOTH),
     "2wikimultihopqa": Published("hotpotqa", "framolfese/2WikiMultihopQA", splits=BOTH),

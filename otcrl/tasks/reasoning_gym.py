@@ -1,8 +1,8 @@
 """Any of reasoning_gym's data sets by name, judged by their own verifiers.
 
 Some of these verifiers run the answer as Python (`eval`, sympy's parser), and the answer is whatever a policy wrote: so
-those that are more than a comparison of texts run in the sandbox, with a deadline. What an answer prints there is no
-score, for a score must be signed.
+those that are more than a comparison of texts run in the sandbox, with a deadline, where an answer may compute and call
+nothing (reasoning_gym_verifier.py). What an answer prints there is no score, for a score must be signed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from otcrl.errors import ConfigError, ToolUnavailable, nearest
@@ -29,14 +30,7 @@ if TYPE_CHECKING:
     from reasoning_gym.dataset import ProceduralDataset
 
 MAX_ANSWER_CHARS = 10_000  # longer is no answer
-SCORE = """
-import json, sys
-from reasoning_gym.factory import create_dataset
-asked = json.load(sys.stdin)
-dataset = create_dataset(asked["dataset"], **asked["options"])
-score = float(dataset.score_answer(asked["answer"], dataset[asked["index"]]))
-print(asked["signature"], score)
-"""
+SCORE = Path(__file__).with_name("reasoning_gym_verifier.py").read_text()
 
 
 @dataclass(frozen=True, kw_only=True)

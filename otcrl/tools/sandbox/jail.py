@@ -16,7 +16,7 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
-from otcrl.errors import ConfigError
+from otcrl.errors import ConfigError, ToolUnavailable
 
 INSIDE = Path(__file__).with_name("inside")
 START = "from otcrl.tools.sandbox.inside.zygote import main; main()"
@@ -78,12 +78,15 @@ def package_paths(preload: Sequence[str]) -> list[Path]:
     """The directories and files of site-packages that importing `preload` uses; a fresh process finds out.
 
     A wheel's shared libraries lie beside it in PACKAGE.libs: a part of it that is imported later may need them.
+    Raises ConfigError for a module that cannot be imported, ToolUnavailable for one that takes too long.
     """
     if all(name.partition(".")[0] in sys.stdlib_module_names for name in preload):
         return []
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, *preload], capture_output=True, text=True, timeout=PROBE_S, check=False
-    )
+    command = [sys.executable, "-c", PROBE, *preload]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise ToolUnavailable(f"preload: to import {list(preload)} took more than {PROBE_S:g} s here") from error
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["it crashed"])[-1]
         raise ConfigError(f"preload: {list(preload)} cannot be imported on this machine: {why}")
