@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from otcrl import dist
 from otcrl.errors import DataError
+from otcrl.models.lora import described_without_adapters
 from otcrl.sealed import MANIFEST, Corrupt, check, seal, whole
 
 if TYPE_CHECKING:
@@ -134,7 +135,8 @@ def write_model(
 
     folder.mkdir(exist_ok=True)
     sha = write_tensors(folder / WEIGHTS, revert_weight_conversion(model, dict(tensors)))
-    model.save_pretrained(folder, state_dict={})  # all but the weights
+    with described_without_adapters(model):
+        model.save_pretrained(folder, state_dict={})  # all but the weights
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizer is written in Rust, which raises nothing better

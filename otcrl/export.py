@@ -28,9 +28,11 @@ def export(run: Path, out: Path, step: str | None) -> str:
     try:
         with sealed.whole(out) as folder:
             for path in source.iterdir():
-                if path.name != sealed.MANIFEST:
+                if path.is_dir():  # a tokenizer may have further chat templates
+                    shutil.copytree(path, folder / path.name)
+                elif path.name != sealed.MANIFEST:
                     shutil.copy2(path, folder)
-            for path in [*folder.iterdir(), folder]:
+            for path in [*folder.rglob("*"), folder]:
                 sealed.sync(path)
     except OSError as error:
         raise DataError(f"out={out} could not be written: {error.strerror or error}") from error

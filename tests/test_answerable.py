@@ -33,3 +33,29 @@ def test_a_question_is_kept_if_the_shown_part_of_its_best_passage_holds_an_answe
     (row,) = read_rows(str(out))
     assert row == ROWS[2] | {"id": row["id"], "gold_ids": ["no"]}
     assert str(row["id"]).endswith("-c"), "with the name of its file, as another may have the same"
+
+
+def test_again_keeps_those_whose_title_finds_their_passage_alone(tmp_path: Path, monkeypatch):
+    """What is searched for next shows the same passage: nothing new."""
+    passages = [
+        Passage("no", "Norway", "The capital of Norway is Oslo"),
+        Passage("it", "Rome", "In the year 753 Italy began"),
+        Passage("ro", "Rome", "Rome"),  # best for the title of the one before
+    ]
+    build_index(passages, HashingEncoder(dimension=256), tmp_path / "index")
+    rows = [
+        {"id": "a", "question": "The capital of Norway", "answers": ["Oslo"]},
+        {
+            "id": "b",
+            "question": "what is the year of Norway",
+            "answers": ["Norway"],
+        },  # for 1814 Norway's comes, or Oslo's
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    for again, kept in (([], ["a", "b"]), (["--again"], ["a"])):
+        out = tmp_path / f"kept{len(again)}.jsonl.gz"
+        words = [str(tmp_path / "test.jsonl"), "--index", str(tmp_path / "index"), "--out", str(out), *again]
+        monkeypatch.setattr(sys, "argv", ["answerable.py", *words])
+        importlib.import_module("answerable").main()
+        assert [str(row["id"])[-1] for row in read_rows(str(out))] == kept

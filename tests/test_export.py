@@ -85,6 +85,32 @@ def test_the_chat_template_goes_along(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
 
 
+def test_several_chat_templates_go_along(tmp_path):
+    """One for tools beside the usual one, as Hermes models have."""
+    tokenizer, templates = tiny_tokenizer().hf, {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    tokenizer.chat_template = templates
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("loop: {}\n")
+    checkpoint.save_model(folder / "model", make_learner(grpo(), policy=tiny_llama(200)), tokenizer)
+    exported(folder, tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == templates
+
+
+def test_a_run_with_adapters_leaves_a_plain_model(tmp_path):
+    """Merged: whoever loads it needs neither peft nor the model that was adapted."""
+    pytest.importorskip("peft")
+    folder = tmp_path / "run"
+    lora = ["learner.lora.rank=2", "learner.lora.alpha=64", "learner.policy_optimizer.lr=0.01"]
+    assert cli.main(["train", *ATLAS, BY_LENGTH, f"run_dir={folder}", *lora]) == 0
+    exported(folder, tmp_path / "out")
+    assert not list(tmp_path.rglob("adapter*"))
+    before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (folder / "sft", tmp_path / "out"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(before.get_parameter(name), after.get_parameter(name))
+    assert cli.main(["eval", f"run={folder}"]) == 0
+
+
 def test_what_cannot_be_exported_is_one_line(run, tmp_path, capsys):
     out = f"out={tmp_path / 'out'}"
     assert refusal(capsys, "export", out) == "otcrl export needs one run directory and out=DIR, got none"
