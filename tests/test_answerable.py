@@ -45,11 +45,7 @@ def test_again_keeps_those_whose_title_finds_their_passage_alone(tmp_path: Path,
     build_index(passages, HashingEncoder(dimension=256), tmp_path / "index")
     rows = [
         {"id": "a", "question": "The capital of Norway", "answers": ["Oslo"]},
-        {
-            "id": "b",
-            "question": "what is the year of Norway",
-            "answers": ["Norway"],
-        },  # for 1814 Norway's comes, or Oslo's
+        {"id": "b", "question": "in the year 753 Italy began", "answers": ["753"]},
     ]
     (tmp_path / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))

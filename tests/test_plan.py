@@ -284,6 +284,11 @@ def test_offloading_moves_states_to_main_memory():
     assert memory.host_bytes(away) == parameters * (12 + 4) + parameters * 2
     assert memory.host_bytes(replace(away, nodes=2)) == memory.host_bytes(away) / 2
     assert memory.host_bytes(job(zero=3, gpus=8, offload="nvme")) == 0
+    frozen = replace(away, training=replace(away.training, reference=not away.training.reference))
+    assert abs(memory.host_bytes(frozen) - memory.host_bytes(away)) == parameters * 2, "the reference waits there too"
+    two = replace(away, training=replace(away.training, critic="own"))
+    held, trained = states.critic_parameters(two)
+    assert memory.host_bytes(two) - memory.host_bytes(away) == held * 2 + trained * (12 + 4)
 
 
 # -- refusals and proposals ----------------------------------------------------------------------------
@@ -352,8 +357,29 @@ def test_a_plan_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFix
     assert plan["cost_per_1000_steps"] == pytest.approx(2 * plan["gpu_hours_per_1000_steps"])
 
 
+def test_what_the_config_lacks_of_the_plan_is_said(capsys: pytest.CaptureFixture[str]):
+    """Its own backend keeps everything on every GPU: what fits here would not fit there."""
+    assert cli.main([*WORDS, "gpus=8", "zero=3", "offload=cpu"]) == 0
+    deepspeed = ["learner.backend=deepspeed", "learner.deepspeed.zero_stage=3", "learner.deepspeed.offload=cpu"]
+    assert f"to train as it is planned here, add: {' '.join(deepspeed)}\n" in capsys.readouterr().out
+    assert cli.main([*WORDS, "gpus=8", *deepspeed]) == 0
+    assert "to train as it is planned" not in capsys.readouterr().out
+
+
+def test_what_deepspeed_refuses_is_not_planned(capsys: pytest.CaptureFixture[str]):
+    assert cli.main([*WORDS, "gpus=8", "offload=nvme"]) == 2
+    assert "offload=nvme needs zero=3, got 2" in capsys.readouterr().err
+    assert cli.main([*WORDS, "gpus=1", "gpu=h200", "offload=cpu"]) == 0
+    assert "deepspeed ZeRO-2" in capsys.readouterr().out, "there is no stage 0"
+
+
+def test_deepspeed_keeps_a_master_of_float32_weights_too():
+    training = job(precision="float32").training
+    assert [states.optimizer_bytes(replace(training, backend=b)) for b in ("torch", "deepspeed")] == [8, 12]
+
+
 def test_without_a_price_there_is_no_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert cli.main([*WORDS, "gpus=2", f"json={tmp_path / 'plan.json'}"]) == 0
+    assert cli.main([*WORDS, "gpus=4", f"json={tmp_path / 'plan.json'}"]) == 0
     assert "per GPU-hour" not in capsys.readouterr().out
     assert json.loads((tmp_path / "plan.json").read_text())["cost_per_1000_steps"] is None
 

@@ -155,7 +155,8 @@ def gpu_memory(job: Job) -> Iterator[Change]:
 
 def offload(job: Job) -> Iterator[Change]:
     if job.training.offload == "none" and job.gpu.name != "cpu":
-        yield training_change("offload=cpu", 6, offload="cpu", backend="deepspeed")
+        stage = max(job.training.zero, 2)  # the least that DeepSpeed offloads from
+        yield training_change("offload=cpu", 6, offload="cpu", backend="deepspeed", zero=stage)
 
 
 def offload_params(job: Job) -> Iterator[Change]:

@@ -13,6 +13,7 @@ from otcrl.plan.shapes import Shape
 from otcrl.plan.states import (
     GRADIENT_BYTES,
     WEIGHT_BYTES,
+    critic_parameters,
     critic_states,
     held_parameters,
     optimizer_bytes,
@@ -157,12 +158,15 @@ def engine_context(job: Job) -> float:
 def host_bytes(job: Job) -> float:
     """Main memory of a node for what was offloaded or waits there; NVMe has what went to it."""
     training, per_node = job.training, job.gpus / job.world
-    held, trained = held_parameters(job.shape, training), trained_parameters(job.shape, training)
+    critic_held, critic_trained = critic_parameters(job)
+    held = held_parameters(job.shape, training) + critic_held
+    trained = trained_parameters(job.shape, training) + critic_trained
     total = 0.0
     if training.offload == "cpu":  # master, moments and gradients
-        total += trained * (optimizer_bytes(training.precision) + GRADIENT_BYTES) * per_node
+        total += trained * (optimizer_bytes(training) + GRADIENT_BYTES) * per_node
     if training.offload_params == "cpu":
-        total += held * WEIGHT_BYTES[training.precision] * per_node
+        frozen = job.shape.parameters if training.reference and not training.lora else 0.0
+        total += (held + frozen) * WEIGHT_BYTES[training.precision] * per_node
     copies = job.copies * per_node if job.sampling.kind == "vllm" else 0.0
     waiting = (job.sampling.sleep_level == 1) + (job.sampling.transport == "file")
     return total + waiting * copies * job.shape.parameters * job.sampling.weight_bytes

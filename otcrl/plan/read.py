@@ -14,7 +14,6 @@ from otcrl.plan.shapes import Shape, find_shape, llama
 
 Config = Mapping[str, Any]
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-BUCKET = 2e8  # elements; DeepSpeed's default of 5e8 takes 9 GB with overlap
 KINDS = {
     "otcrl.rollout.hf_engine.HFEngine": "embedded",
     "otcrl.rollout.vllm_engine.VLLMEngine": "vllm",
@@ -111,6 +110,8 @@ def check_parallel(job: Job) -> None:
         raise ConfigError(f"tp={tp}: the embedded engine runs on one GPU; choose engine=vllm")
     if job.training.offload_params != "none" and job.training.zero < 3:
         raise ConfigError(f"offload_params={job.training.offload_params} needs zero=3, got {job.training.zero}")
+    if job.training.offload == "nvme" and job.training.zero < 3:
+        raise ConfigError(f"offload=nvme needs zero=3, got {job.training.zero}")
 
 
 # -- sections ------------------------------------------------------------------------------------------
@@ -137,8 +138,8 @@ def read_training(config: Config, settings: Settings, work: Work) -> Training:
     model, learner = config["model"], config["learner"]
     deepspeed = learner["deepspeed"] if learner.get("backend") == "deepspeed" else {}
     several = settings.nodes * settings.gpus > 1
-    zero = first(settings.zero, deepspeed.get("zero_stage"), 2 if several else 0)
     offload = first(settings.offload, deepspeed.get("offload"), "none")
+    zero = first(settings.zero, deepspeed.get("zero_stage"), 2 if several or offload != "none" else 0)
     offload_params = first(settings.offload_params, deepspeed.get("offload_params"), "none")
     asked = several or zero > 0 or offload != "none" or offload_params != "none"
     from otcrl.models.token_logprobs import TILE
@@ -162,7 +163,7 @@ def read_training(config: Config, settings: Settings, work: Work) -> Training:
         epochs=learner["epochs"],
         minibatches=-(-work.trajectories // rows),
         shared_prefix=learner["packing"] == "shared",
-        bucket=float(deepspeed.get("bucket", BUCKET)),
+        bucket=float(learner["deepspeed"]["bucket"]),
     )
 
 

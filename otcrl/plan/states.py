@@ -45,9 +45,9 @@ def zero_states(
     )
 
 
-def optimizer_bytes(precision: str) -> float:
-    """AdamW's per parameter: two float32 moments, and a float32 master of 16-bit weights."""
-    return 8 + (4 if WEIGHT_BYTES[precision] < 4 else 0)
+def optimizer_bytes(training: Training) -> float:
+    """AdamW's per parameter: two float32 moments, and a float32 master of 16-bit weights; of any with DeepSpeed."""
+    return 8 + (4 if training.backend == "deepspeed" or WEIGHT_BYTES[training.precision] < 4 else 0)
 
 
 def trained_parameters(shape: Shape, training: Training) -> float:
@@ -68,7 +68,7 @@ def policy_states(job: Job, held: float, trained: float) -> States:
         training.zero,
         weight=WEIGHT_BYTES[training.precision],
         gradient=GRADIENT_BYTES,
-        optimizer=optimizer_bytes(training.precision),
+        optimizer=optimizer_bytes(training),
     )
     away = training.offload != "none"
     return States(
@@ -86,18 +86,21 @@ def reference_bytes(job: Job) -> float:
     return job.shape.parameters * WEIGHT_BYTES[training.precision] * share(training.zero, 3, job.world)
 
 
-def critic_states(job: Job) -> States:
-    """A second body with a head of its own; nothing where there is no critic, or only a head on the policy's states."""
+def critic_parameters(job: Job) -> tuple[float, float]:
+    """Held and trained, of a second body; none where there is no critic, or only a head on the policy's states."""
     if job.training.bodies == 1:
-        return States(0.0, 0.0, 0.0)
+        return 0.0, 0.0
     vocabulary = job.shape.head_parameters  # its embedding
     body = job.shape.body_parameters + vocabulary
-    trained = job.shape.adapter_parameters(job.training.lora) if job.training.lora else body
-    return policy_states(job, body, trained)
+    return body, job.shape.adapter_parameters(job.training.lora) if job.training.lora else body
+
+
+def critic_states(job: Job) -> States:
+    return policy_states(job, *critic_parameters(job))
 
 
 def zero_buffers(job: Job) -> float:
-    """What ZeRO gathers into and reduces from, in 16 bits.
+    """What ZeRO gathers into and reduces from, in the weights' type.
 
     Stages 1 and 2 with overlap: 4.5 times both buckets (transformers' DeepSpeed guide, on overlap_comm). Stage 3: the
     parameters that stay gathered, and two reduce buckets.
@@ -106,6 +109,7 @@ def zero_buffers(job: Job) -> float:
     if training.backend == "torch" or training.zero == 0:
         return 0.0
     bucket = min(training.bucket, parameters)
+    each = WEIGHT_BYTES[training.precision]
     if training.zero < 3:
-        return 4.5 * 2 * bucket * 2
-    return 2 * min(LIVE, job.shape.parameters) + 2 * bucket * 2
+        return 4.5 * 2 * bucket * each
+    return each * min(LIVE, job.shape.parameters) + 2 * bucket * each
