@@ -251,8 +251,10 @@ def restore(checkpoint: Checkpoint, learner: Learner) -> None:
         def tensor(name: str) -> Tensor:
             if name not in where:
                 part = name.partition("/")[0]
+                whole = any(known.startswith(f"{part}/") for known in where)
                 raise DataError(
-                    f"{checkpoint.path} was written without a {part}: resume with the algo it was made with"
+                    f"{checkpoint.path} was written without {name if whole else f'a {part}'}: "
+                    f"resume with the {'model and learner' if whole else 'algo'} it was made with"
                 )
             return where[name].get_tensor(name)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0, 1 when a run failed, 2 when it could not be built, 130 when interrupted."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    words = [word for word in words if not word.startswith("--local_rank=")]  # DeepSpeed's launcher; LOCAL_RANK has it
     if not words or words[0] in ("-h", "--help"):
         print(overview())
         return 0

@@ -37,6 +37,7 @@ REFUSED: dict[str, str] = dict.fromkeys(
     "rollout.temperature (docs/mismatch.md)",
 )
 KL = ("kl_coef", "kl_reward_coef")  # in the loss, in the reward
+SIZES = ("context", "max_sequences", "batch_tokens")  # of an engine, whichever
 SEVERAL = "logger"  # a group of which several can be chosen: logger=[console,wandb]
 Config = dict[str, Any]  # sections by name; plain values all the way down
 
@@ -58,7 +59,7 @@ def compose(overrides: Sequence[str], *, preset: Path | None = None, run: Path |
     whole = [override for override in parsed if not override.package]  # reward@reward.reward=NAME is a part of one
     chosen = {override.key_or_group: names(override.key_or_group, override.value()) for override in whole}
     with staged(preset, run, chosen) as stage:
-        config = compose_staged(stage, overrides)
+        config = compose_staged(stage, [*(sizes(run, chosen) if run else ()), *overrides])
     sections = [*known_sections()]
     for key in config:
         if key not in sections:
@@ -131,6 +132,8 @@ def staged(preset: Path | None, run: Path | None, chosen: Mapping[str, Sequence[
             stage.joinpath("experiment").mkdir()
             stage_preset(preset, stage / "experiment/chosen.yaml", chosen, search)
             primary["defaults"][primary["defaults"].index({"experiment": None})] = {"experiment": "chosen"}
+        for name in chosen.get("scale", ()):
+            stage_scale(name, stage, effective_choices(preset, search), chosen, search)
         check_own(chosen, search[1:])
         primary["hydra"] = {"searchpath": [path.as_uri() for path in search]}
         stage.joinpath("config.yaml").write_text(yaml.safe_dump(primary, sort_keys=False))
@@ -149,6 +152,36 @@ def stage_preset(preset: Path, copy: Path, chosen: Mapping[str, Sequence[str]], 
     for base in bases:
         if path := found_in(search, f"experiment/{base}.yaml"):
             stage_preset(path, copy.with_name(path.name), {**choices, **chosen}, search)
+
+
+def stage_scale(
+    name: str,
+    stage: Path,
+    before: Mapping[str, Sequence[str]],
+    chosen: Mapping[str, Sequence[str]],
+    search: Sequence[Path],
+) -> None:
+    """A copy of conf/scale/NAME.yaml for Hydra, and of those that it is based on, with what the parts of a run have.
+
+    `before` are the choices that it finds, `chosen` those of the command line: `scale=8gpus engine=vllm_servers`.
+    """
+    if (path := found_in(search, f"scale/{name}.yaml")) is None:
+        return  # Hydra says so
+    content = load(path)
+    bases, choices = defaults(content)
+    for base in bases:
+        inherited = found_in(search, f"scale/{base}.yaml")
+        choices = {**(defaults(load(inherited))[1] if inherited else {}), **choices}
+        stage_scale(base, stage, {**before, **choices}, chosen, search)
+    text = yaml.safe_dump(fitting(content, {**before, **choices, **chosen}, search), sort_keys=False)
+    stage.joinpath("scale").mkdir(exist_ok=True)
+    stage.joinpath(f"scale/{name}.yaml").write_text("# @package _global_\n" + text)
+
+
+def effective_choices(preset: Path | None, search: Sequence[Path]) -> dict[str, list[str]]:
+    """What a preset chooses of each group, or config.yaml."""
+    content = load(preset) if preset else {}
+    return {group: effective(content, group, search) for group in ("engine", "model")}
 
 
 def defaults(content: Config) -> tuple[list[str], dict[str, list[str]]]:
@@ -228,6 +261,13 @@ def saved(run: Path, overridden: Collection[str]) -> Config:
         raise ConfigError(f"{run} is not a run directory: it has no config.yaml")
     kept = {key: value for key, value in load(path).items() if key not in groups() or key not in overridden}
     return {"defaults": ["_self_", *({group: None} for group in groups()), {"experiment": None}], **kept}
+
+
+def sizes(run: Path, chosen: Mapping[str, Sequence[str]]) -> list[str]:
+    """What a run's engine could hold, as overrides for another one: its trajectories are as long."""
+    engine = load(run / "config.yaml").get("engine") or {}
+    known = [keys_of("engine", name, [conf_dir(), Path.cwd()]) or set() for name in chosen.get("engine", ())]
+    return [f"engine.{key}={engine[key]}" for key in SIZES if key in engine and any(key in keys for keys in known)]
 
 
 def load(path: Path) -> Config:

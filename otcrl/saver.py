@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from otcrl import checkpoint, dist, sealed
 from otcrl.checkpoint import Standing
+from otcrl.errors import nearest
 from otcrl.tell import tell
 from otcrl.types import Metrics
 
@@ -204,9 +205,14 @@ class Best:
         self.metric = (metric or "").removeprefix("-")
         self._sign = -1 if (metric or "").startswith("-") else 1
         self._scores: dict[int, float] = {}
+        self._said = False
 
     def hear(self, step: int, metrics: Mapping[str, float | None]) -> None:
         value = metrics.get(self.metric)
+        if self.metric and self.metric not in metrics and "rollout/skipped" not in metrics and not self._said:
+            self._said = True  # some have it now and then alone: that is no mistake, a wrong name is
+            hint = nearest(self.metric, metrics)
+            tell(f"step {step} has no {self.metric!r}, by which loop.keep_best chooses: it cannot be the best.{hint}")
         if value is not None and value == value:  # NaN is no score
             self._scores[step] = self._sign * value
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from otcrl import dist
 from otcrl.algos.mismatch import Correction, check_agreement, corrected
 from otcrl.checkpoint import Standing
-from otcrl.errors import TrainingError, nearest
 from otcrl.evaluate.metrics import by_source
 from otcrl.health import Health, write_culprits
 from otcrl.learner.proof import Proof
@@ -220,7 +219,6 @@ async def train(run: Run, first_step: int = 0) -> None:
         for step in range(first_step, loop.steps):
             metrics = await train_step(step, run)
             run.logger.log(metrics | run.saver.metrics(), step)
-            check_best(loop.keep_best, metrics)
             run.saver.best.hear(step, metrics)
             standing = stand(run, step + 1)
             is_due = loop.checkpoint_every and standing.step % loop.checkpoint_every == 0
@@ -234,13 +232,6 @@ async def train(run: Run, first_step: int = 0) -> None:
     finally:
         await run.rollouts.close()
         await run.thread(run.saver.wait)
-
-
-def check_best(metric: str | None, metrics: Metrics) -> None:
-    """Raises TrainingError for a loop.keep_best that no step has."""
-    name = (metric or "").removeprefix("-")
-    if name and name not in metrics and "rollout/skipped" not in metrics:
-        raise TrainingError(f"loop.keep_best is {metric!r}, and steps have no such metric.{nearest(name, metrics)}")
 
 
 def stand(run: Run, step: int) -> Standing:

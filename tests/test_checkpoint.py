@@ -482,6 +482,19 @@ def test_adapters_and_what_they_adapt_come_back(tmp_path):
     assert same(everything(learned(again, algo, [2])), everything(learned(whole, algo, [2])))
 
 
+def test_a_step_without_the_metric_that_chooses_the_best_ends_no_run_and_is_said_once(capsys):
+    """Some are there now and then: proofs of weights, what is measured where something is learned."""
+    best = Best("-sync/logprob_gap_mean")
+    best.hear(0, {"sync/logprob_gap_max": 1.0})
+    best.hear(1, {"sync/logprob_gap_mean": 0.5})
+    best.hear(2, {"sync/logprob_gap_max": 1.0})
+    assert best.of([0, 1, 2]) == 1
+    said = capsys.readouterr().err
+    assert said.count("step 0 has no 'sync/logprob_gap_mean', by which loop.keep_best chooses") == 1
+    assert "Did you mean 'sync/logprob_gap_max'" in said
+    assert "step 2" not in said
+
+
 def test_a_file_is_replaced_as_a_whole(tmp_path):
     path = tmp_path / "config.yaml"
     for text in ("a: 1\n", "b: 2\n"):

@@ -17,7 +17,7 @@ import yaml
 
 from otcrl import cli
 from otcrl.build import asking
-from otcrl.cli import eval_config
+from otcrl.cli import eval_config, run_config
 from otcrl.compose import compose, expand, to_yaml
 from otcrl.errors import ConfigError
 from otcrl.manual import COMMANDS
@@ -168,6 +168,23 @@ def test_a_group_chosen_anew_replaces_the_one_of_the_run(demo: Path, tmp_path: P
     config = compose([], preset=demo)
     (tmp_path / "config.yaml").write_text(to_yaml(config | {"logger": {"mine": {"size": 1}}}))
     assert compose(["logger=console"], run=tmp_path)["logger"].keys() == {"console"}
+
+
+def test_another_engine_for_a_run_holds_as_much_as_its_own(tmp_path: Path):
+    """Or its trajectories would be cut elsewhere, and its figures be others."""
+    (tmp_path / "config.yaml").write_text(to_yaml(run_config(["conf=otc_grpo_search"])))
+    assert compose(["engine=hf"], run=tmp_path)["engine"]["context"] == 6144
+    assert compose(["engine=hf", "engine.context=99"], run=tmp_path)["engine"]["context"] == 99
+
+
+@pytest.mark.parametrize("scale", ["1gpu", "8gpus", "2x8gpus"])
+def test_a_scale_goes_with_any_preset_and_any_engine(scale: str):
+    other = run_config(["conf=otc_grpo_search", f"scale={scale}", "engine=vllm_servers", "engine.urls=[http://a:1]"])
+    assert "gpu_memory" not in other["engine"]
+    assert (other["engine"]["batch_tokens"], other["learner"]["backend"]) == (16384, "deepspeed")
+    assert run_config(["conf=otc_grpo_search", f"scale={scale}"])["engine"]["gpu_memory"] >= 0.5
+    tiny = run_config(["conf=quickstart", f"scale={scale}"])["model"]
+    assert "dtype" not in tiny, "the tiny model has no such setting"
 
 
 def test_eval_takes_a_run_or_a_model(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

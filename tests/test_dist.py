@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import os
@@ -33,6 +34,14 @@ def torchrun(count: int, *words: str, seconds: int = 300, **environment: str) ->
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *words]
     own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
+
+
+def alone(*words: str) -> subprocess.CompletedProcess[str]:
+    """Python without a launcher."""
+    own = {name: value for name, value in os.environ.items() if name not in dist.NAMES}
+    own |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *words]
+    return subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
 # -- the learner ------------------------------------------------------------------------------------------
@@ -102,6 +111,7 @@ def test_training_begins_with_the_weights_that_there_are_and_the_reference_has_t
 
 LONE = """
 import torch
+from otcrl.errors import DataError
 from tests import ranks
 from tests.test_learner import POLICY, random_batch, with_shared_prompts
 
@@ -114,18 +124,66 @@ values = learner.score(batch).values
 assert values.dtype == torch.float32
 assert not torch.equal(values, values.bfloat16().float()), "they go into GAE, and eight bits are too few"
 assert ranks.restored("ppo", learner, settings)
+
+state = dict(ranks.made("ppo").state())  # of torch's backend, whose value head has no second copy in float32
+
+def read(name):
+    if name not in state:
+        raise DataError(name)
+    return state[name].clone()
+
+learner.load_state(read)
+"""
+
+SPLIT = """
+import sys
+import torch
+from otcrl.learner.deepspeed_backend import made_split
+from otcrl.models.critic import Critic
+from otcrl.models.pretrained import Pretrained
+from otcrl.models.twin import twin
+from tests import ranks
+from tests.test_learner import random_batch, with_shared_prompts
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+tiny_llama(64).bfloat16().save_pretrained(sys.argv[1])
+tiny_tokenizer().hf.save_pretrained(sys.argv[1])
+source = Pretrained(path=sys.argv[1], dtype="bfloat16", chat=None, device="cpu", gradient_checkpointing=False)
+whole, settings = source.load((), 0)[0], ranks.zero(3, "none")
+with made_split(settings, torch.bfloat16):
+    policy = source.load((), 0)[0]
+    given = {"policy": policy, "reference": twin(policy).requires_grad_(False), "critic": Critic(policy)}
+for model in (policy.model, given["reference"].model, given["critic"].body):
+    assert torch.equal(model.rotary_emb.inv_freq, whole.model.rotary_emb.inv_freq), "positions are not rounded"
+learner = ranks.make_learner(ranks.ppo(), **given, backend="deepspeed", deepspeed=settings)
+algo, batch = ranks.ppo(), with_shared_prompts(random_batch(rows=4))
+scores = learner.score(batch)
+learner.update(0, batch, scores, algo.targets(batch, scores), algo)
 """
 
 
 def test_a_process_alone_needs_no_launcher_and_its_values_keep_their_precision_in_bfloat16():
-    """`scale=1gpu` is started without torchrun."""
+    """`scale=1gpu` is started without torchrun. What torch's backend has left it can go on from."""
     pytest.importorskip("deepspeed")
-    alone = {name: value for name, value in os.environ.items() if name not in dist.NAMES}
-    run = subprocess.run(
-        [sys.executable, "-c", LONE], env=alone | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, cwd=ROOT,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    run = alone("-c", LONE)
     assert run.returncode == 0, run.stderr[-9000:]
+
+
+def test_a_split_model_in_bfloat16_has_the_positions_of_a_whole_one_and_a_critic(tmp_path):
+    """`scale=8gpus`. While it is split, whatever it makes is rounded to its weights' type."""
+    pytest.importorskip("deepspeed")
+    run = alone("-c", SPLIT, str(tmp_path))
+    assert run.returncode == 0, run.stderr[-9000:]
+
+
+def test_deepspeeds_launcher_starts_a_run():
+    """It says which rank a process is in words of its own, before those of the command."""
+    pytest.importorskip("deepspeed")
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": [0]}).encode()).decode()
+    launch = ["-m", "deepspeed.launcher.launch", f"--world_info={world}", "--module", "otcrl"]
+    run = alone(*launch, "train", "conf=quickstart", "--cfg")
+    assert run.returncode == 0, run.stderr[-9000:]
+    assert "_target_: otcrl.tasks.atlas.Atlas" in run.stdout
 
 
 @LONG

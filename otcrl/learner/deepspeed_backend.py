@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from otcrl import dist
-from otcrl.errors import ConfigError
+from otcrl.errors import ConfigError, DataError
 from otcrl.learner.backend import Computes, Forward
 from otcrl.learner.optimizer import Optimizer
-from otcrl.models.published import whole_shape
+from otcrl.models.published import is_split, whole_shape
 
 T = TypeVar("T")
 NEEDED = "0.19.8"  # setup.py says why
@@ -121,7 +121,11 @@ class DeepSpeedBackend:
         self._trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._adamw = Pausing(self._trained.values(), lr=0.0)
         self._learns = torch.zeros((), dtype=torch.bool)  # whether any gradient since the last step was not 0
-        config = settings.config(next(iter(self._trained.values())).dtype, max_grad_norm)
+        dtype = next(iter(self._trained.values())).dtype
+        if is_split(module):  # DeepSpeed casts whole modules alone, and wants what it trains in one type
+            for parameter in self._trained.values():
+                parameter.data = parameter.data if hasattr(parameter, "ds_id") else parameter.data.to(dtype)
+        config = settings.config(dtype, max_grad_norm)
         self._function = function
         self._engine: Any = deepspeed.initialize(model=Computes(module), optimizer=self._adamw, config=config)[0]
         self._make_state()
@@ -227,7 +231,10 @@ class DeepSpeedBackend:
             for key in MOMENTS:
                 self._set(parameter, read(f"{key}/{name}").view(whole_shape(parameter)), key)
             if parameter.dtype != torch.float32:
-                self._set(parameter, read(f"master/{name}"))
+                try:
+                    self._set(parameter, read(f"master/{name}"))
+                except DataError:  # a value head, which is float32 itself in torch's backend
+                    self._set(parameter, read(f"weights/{name}"))
         step = read(f"step/{next(iter(self._trained))}")
         for state in self._inner().state.values():
             state["step"].copy_(step)

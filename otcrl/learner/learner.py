@@ -109,7 +109,7 @@ class Learner:
         elif self.critic is not None:
             reader.prepare(self.critic.body)
             self.lora.adapt(self.critic.body, self.seed)
-            self.backends["critic"] = self._trained("critic", self.critic, self.critic.forward, self.critic_optimizer)
+            self.backends["critic"] = self._trained("critic", self.critic, self._read_critic, self.critic_optimizer)
         if came_split:
             self._copy_policy()
 
@@ -129,6 +129,12 @@ class Learner:
         """(log-probs, entropy), and the hidden states where the critic reads them."""
         shares = isinstance(self.critic, SharedCritic)
         return self.reader.states(*inputs) if shares else self.reader.logprobs(*inputs)
+
+    def _read_critic(self, token_ids_BT: Tensor, packed: Packed | None) -> Tensor:
+        """Values. Autocast begins inside, as DeepSpeed ends what was begun outside."""
+        assert self.critic is not None, "whoever asks it has one"
+        with autocast(self.autocast, token_ids_BT.device):
+            return self.critic(token_ids_BT, packed)
 
     def _trained(self, name: str, module: Any, function: Callable[..., Any], optimizer: Optimizer) -> Backend:
         if self.backend == "deepspeed":
@@ -341,8 +347,7 @@ class Learner:
         return backend(ids_BT, mask_BT, each.packed, self.temperature, entropy, self.autocast)
 
     def _values(self, each: Pass) -> Tensor:
-        with autocast(self.autocast, each.rows.token_ids.device):
-            return self.backends["critic"](each.rows.token_ids, each.packed) * each.rows.action_mask
+        return self.backends["critic"](each.rows.token_ids, each.packed) * each.rows.action_mask
 
     def _minibatches(self, step: int, count: int) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from otcrl import dist
 from otcrl.errors import DataError
+from otcrl.models.rotary import exact_frequencies
 from otcrl.models.tokenizer import HFTokenizer
 from otcrl.tell import tell
 
@@ -50,6 +51,7 @@ class Pretrained:
         tokenizer = self.load_tokenizer(words)
         with self._unreadable():
             model = AutoModelForCausalLM.from_pretrained(self.path, dtype=getattr(torch, self.dtype))
+        exact_frequencies(model)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         model.to(device)  # pyright: ignore[reportArgumentType]  # its `self` is a protocol no model meets

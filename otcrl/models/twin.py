@@ -6,6 +6,7 @@ import copy
 from typing import TYPE_CHECKING
 
 from otcrl.models.published import is_split
+from otcrl.models.rotary import exact_frequencies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,6 +17,7 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     if not is_split(model):
         return copy.deepcopy(model)
     made = type(model)._from_config(copy.deepcopy(model.config))
+    exact_frequencies(made)
     if model.is_gradient_checkpointing:
         made.gradient_checkpointing_enable()
     return made.train(model.training)
