@@ -26,11 +26,21 @@ from otcrl.cli import main
 from otcrl.errors import ConfigError, DataError
 from otcrl.presets import shipped
 from otcrl.tools.retrieval import build, quality
+from otcrl.tools.retrieval import index as index_module
 from otcrl.tools.retrieval.build import Bm25, Recipe, adopt, build_index, build_or_open, derive
 from otcrl.tools.retrieval.corpus import Corpus, Passage
 from otcrl.tools.retrieval.dense import Dense, exact, overlap
 from otcrl.tools.retrieval.encode import HashingEncoder, normalised, stable_hash
-from otcrl.tools.retrieval.index import check, fused, memory_bytes, memory_plan, open_index, read_manifest
+from otcrl.tools.retrieval.index import (
+    check,
+    fused,
+    held_bytes,
+    memory_bytes,
+    memory_limit,
+    memory_plan,
+    open_index,
+    read_manifest,
+)
 from otcrl.tools.retrieval.store import AT_A_TIME, PassageFile, write_passages
 
 CITIES = ["Rome", "Paris", "Oslo", "Cairo", "Lima", "Quito", "Delhi", "Kyiv", "Accra", "Hanoi", "Tunis", "Minsk"]
@@ -154,7 +164,7 @@ def test_an_index_that_does_not_fit_into_memory_is_refused_before_it_is_loaded(t
     manifest["files"]["index.faiss"][0] = size
     path.write_text(json.dumps(manifest))
     os.truncate(tmp_path / "index" / "index.faiss", size)  # a sparse file
-    with pytest.raises(DataError, match=r"needs 1000\.0 GB of memory, this machine has .*: open it with mmap=true"):
+    with pytest.raises(DataError, match=r"needs 1000\.0 GB of memory beside .* it may have .*: open it with mmap=true"):
         open_index(tmp_path / "index")
 
 
@@ -726,3 +736,26 @@ def test_a_mistake_on_the_command_line_is_named(
         words = [word.replace(name, str(path)) for word in words]
     assert main(["index", *words]) in (1, 2)
     assert complaint in capsys.readouterr().err
+
+
+def test_a_container_may_have_less_than_its_machine_and_an_index_that_is_loaded_anew_counts_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    build_index(PASSAGES, ENCODER, tmp_path / "index")
+    needed, held = sum(memory_bytes(read_manifest(tmp_path / "index")).values()), 10**6
+    monkeypatch.setattr(index_module, "held_bytes", lambda: held)
+    for name, text in {"unlimited": "max", "enough": held + needed, "little": held + needed - 1}.items():
+        (tmp_path / name).write_text(f"{text}\n")
+    for names in (("unlimited", "none"), ("enough",)):
+        monkeypatch.setattr(index_module, "LIMITS", [str(tmp_path / name) for name in names])
+        open_index(tmp_path / "index")
+    monkeypatch.setattr(index_module, "LIMITS", [str(tmp_path / "little")])
+    assert memory_limit() == held + needed - 1
+    with pytest.raises(DataError, match=r"beside the .* that this process has, and it may have "):
+        open_index(tmp_path / "index")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says it")
+def test_what_a_process_holds_grows_by_what_it_takes():
+    before, taken = held_bytes(), np.ones(10**7, dtype=np.float64)
+    assert held_bytes() > before + taken.nbytes // 2

@@ -103,7 +103,8 @@ def build(settings: Dense, vectors_ND: NDArray[np.float32], threads: int | None 
         index.hnsw.efConstruction = settings.build_depth
     if hasattr(index, "do_polysemous_training"):
         index.do_polysemous_training = False  # minutes, for a filter that is not used
-    on_gpu = settings.kind != "hnsw" and hasattr(faiss, "index_cpu_to_all_gpus") and faiss.get_num_gpus() > 0
+    # finding lists is what takes hours; flat has nothing to find, and GPUs have no flat int8 and no long codes of ivfpq
+    on_gpu = settings.kind == "ivf" and hasattr(faiss, "index_cpu_to_all_gpus") and faiss.get_num_gpus() > 0
     if on_gpu:
         index = faiss.index_cpu_to_all_gpus(index)
     if not index.is_trained:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 FORMAT = 2
 THREADS = 2  # of faiss: the learner wants the rest
 FUSION_CONSTANT = 60  # Cormack, Clarke, Büttcher: Reciprocal Rank Fusion (SIGIR 2009)
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 FUSED = 100  # ranks of each list that count
 SAMPLE = 8  # passages that are encoded again to tell whose the vectors are
 LIKE_ITSELF, LIKE_ITS_CODE = 0.95, 0.7  # cosine
@@ -230,16 +232,31 @@ def refuse_sizes(directory: Path, manifest: Manifest) -> None:
 
 
 def refuse_too_large(directory: Path, manifest: Manifest, mmap: bool) -> None:
-    needed, installed = sum(memory_bytes(manifest, mmap).values()), physical_bytes()
-    if needed > installed:
+    """What this process holds already counts too: a server that loads an index anew has the old one meanwhile."""
+    needed, limit, held = sum(memory_bytes(manifest, mmap).values()), memory_limit(), held_bytes()
+    if needed + held > limit:
         raise DataError(
-            f"index {directory} needs {needed / 1e9:.1f} GB of memory, this machine has {installed / 1e9:.1f}: open it "
-            "with mmap=true, build it smaller (storage=int8, kind=ivfpq), or in shards"
+            f"index {directory} needs {needed / 1e9:.1f} GB of memory beside the {held / 1e9:.1f} that this process "
+            f"has, and it may have {limit / 1e9:.1f}: open it with mmap=true, build it smaller (storage=int8, "
+            "kind=ivfpq), or in shards"
         )
 
 
-def physical_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def memory_limit() -> int:
+    """Of this machine, or of the container that this is."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in LIMITS:
+        with suppress(OSError, ValueError):  # "max" is no number
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
+
+
+def held_bytes() -> int:
+    """Of its own, not mapped from files; 0 where nothing says it."""
+    with suppress(OSError, ValueError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split(maxsplit=1)[0]) * 1024
+    return 0
 
 
 def memory_plan(manifest: Manifest, mmap: bool = False) -> str:
