@@ -82,13 +82,14 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         cfg = config(spec, folder)
         start_process(cfg)
         world = build_world(cfg)
-        run = build_run(cfg, world, Bars(), Start(folder=Path(folder) / "run"))
-        try:
-            return {"version": getattr(otcrl, "__version__", "checkout"), "steps": asyncio.run(steps(run, spec))}
-        finally:
-            run.thread.close()
-            run.logger.close()
-            asyncio.run(close(world.tools))
+        with asyncio.Runner() as runner:
+            run = build_run(cfg, world, Bars(), Start(folder=Path(folder) / "run"), runner)
+            try:
+                return {"version": getattr(otcrl, "__version__", "checkout"), "steps": runner.run(steps(run, spec))}
+            finally:
+                run.thread.close()
+                run.logger.close()
+                runner.run(close(world.tools))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from otcrl import checkpoint, dist
 from otcrl.algos.mismatch import Correction
-from otcrl.compose import load, to_yaml
+from otcrl.compose import OF_FILES, load, to_yaml
 from otcrl.construct import Constructor, check_section, construct, construct_as, locate, wired_parts
 from otcrl.errors import ConfigError
 from otcrl.experiment import Evaluate, Experiment, cold_start, evaluate, run_experiment, start_tools
@@ -179,12 +179,16 @@ def run_eval(cfg: Config) -> None:
 
 
 def asking(task: Config, data: Sequence[str]) -> Config:
-    """The task that asks the questions of the files `data` instead of its own, and judges as it does."""
-    own, qa = task.get("_target_", ""), "otcrl.tasks.question_answering.QuestionAnswering"
-    if own == qa or own.endswith(".ToolCalls"):  # it reads files itself
+    """The task that asks the questions of the files `data` instead of its own; one that reads files stays as it is."""
+    from otcrl.tasks.question_answering import QuestionAnswering
+    from otcrl.tasks.tool_calls import ToolCalls
+
+    own: Any = locate(task.get("_target_"), "task._target_")
+    if isinstance(own, type) and issubclass(own, (QuestionAnswering, ToolCalls)):  # it reads files itself
         return {**task, "train": [], "test": data}
-    match = {"match": "math"} if "arithmetic" in own else {}
-    return {"_target_": qa, "test": data, **match, **{key: task[key] for key in ("in_domain", "match") if key in task}}
+    match = {"match": "math"} if "arithmetic" in task["_target_"] else {}
+    kept = {key: task[key] for key in ("in_domain", "match", *OF_FILES) if key in task}
+    return {"_target_": "otcrl.tasks.question_answering.QuestionAnswering", "test": data, **match, **kept}
 
 
 def trained_model(run: Path, step: str | None) -> Path:

@@ -103,9 +103,6 @@ def launch(start: Callable[[Config], None], config: Config, flags: frozenset[str
     return 0
 
 
-OF_FILES = ("reader", "skip_bad_rows", "max_test")  # settings of a task that are about the files that it reads
-
-
 def run_config(settings: list[str]) -> Config:
     """The config of a training run. `resume=DIR` without `conf=` takes the one that DIR was started with."""
     from otcrl.compose import compose
@@ -127,7 +124,7 @@ def no_preset() -> ConfigError:
 def eval_config(settings: list[str]) -> Config:
     """A config with five more keys: `run` (directory or None), `checkpoint` (what `model=` named, or None), `data`,
     `step` (of the run's checkpoint; None: its last model) and `as` (the folder of the results, inside eval/)."""
-    from otcrl.compose import compose
+    from otcrl.compose import OF_FILES, compose
 
     named, overrides = take(settings, "conf", "run", "model", "data", "step", "as")
     run, model, conf, step = (named.get(name) or None for name in ("run", "model", "conf", "step"))

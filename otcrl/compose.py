@@ -38,6 +38,7 @@ REFUSED: dict[str, str] = dict.fromkeys(
 )
 KL = ("kl_coef", "kl_reward_coef")  # in the loss, in the reward
 SIZES = ("context", "max_sequences", "batch_tokens")  # of an engine, whichever
+OF_FILES = ("reader", "skip_bad_rows", "max_test")  # of a task, about the files that it reads
 SEVERAL = "logger"  # a group of which several can be chosen: logger=[console,wandb]
 Config = dict[str, Any]  # sections by name; plain values all the way down
 
@@ -58,6 +59,8 @@ def compose(overrides: Sequence[str], *, preset: Path | None = None, run: Path |
             raise ConfigError(f"{override.input_line!r}: {group} is chosen by name.{nearest('', options(group))}")
     whole = [override for override in parsed if not override.package]  # reward@reward.reward=NAME is a part of one
     chosen = {override.key_or_group: names(override.key_or_group, override.value()) for override in whole}
+    if run and "scale" in chosen:
+        raise ConfigError("scale is chosen as a run begins: with conf=..., not with one that is there")
     with staged(preset, run, chosen) as stage:
         config = compose_staged(stage, [*(sizes(run, chosen) if run else ()), *overrides])
     sections = [*known_sections()]
@@ -160,22 +163,23 @@ def stage_scale(
     before: Mapping[str, Sequence[str]],
     chosen: Mapping[str, Sequence[str]],
     search: Sequence[Path],
-) -> None:
+) -> Mapping[str, Sequence[str]]:
     """A copy of conf/scale/NAME.yaml for Hydra, and of those that it is based on, with what the parts of a run have.
 
     `before` are the choices that it finds, `chosen` those of the command line: `scale=8gpus engine=vllm_servers`.
+    Returns its own.
     """
     if (path := found_in(search, f"scale/{name}.yaml")) is None:
-        return  # Hydra says so
+        return {}  # Hydra says so
     content = load(path)
-    bases, choices = defaults(content)
+    bases, own = defaults(content)
+    choices: Mapping[str, Sequence[str]] = own
     for base in bases:
-        inherited = found_in(search, f"scale/{base}.yaml")
-        choices = {**(defaults(load(inherited))[1] if inherited else {}), **choices}
-        stage_scale(base, stage, {**before, **choices}, chosen, search)
+        choices = {**stage_scale(base, stage, {**before, **choices}, chosen, search), **choices}
     text = yaml.safe_dump(fitting(content, {**before, **choices, **chosen}, search), sort_keys=False)
     stage.joinpath("scale").mkdir(exist_ok=True)
     stage.joinpath(f"scale/{name}.yaml").write_text("# @package _global_\n" + text)
+    return choices
 
 
 def effective_choices(preset: Path | None, search: Sequence[Path]) -> dict[str, list[str]]:
@@ -267,7 +271,8 @@ def sizes(run: Path, chosen: Mapping[str, Sequence[str]]) -> list[str]:
     """What a run's engine could hold, as overrides for another one: its trajectories are as long."""
     engine = load(run / "config.yaml").get("engine") or {}
     known = [keys_of("engine", name, [conf_dir(), Path.cwd()]) or set() for name in chosen.get("engine", ())]
-    return [f"engine.{key}={engine[key]}" for key in SIZES if key in engine and any(key in keys for keys in known)]
+    kept = [key for key in SIZES if engine.get(key) is not None and any(key in keys for keys in known)]
+    return [f"engine.{key}={engine[key]}" for key in kept]
 
 
 def load(path: Path) -> Config:

@@ -90,7 +90,7 @@ def start(ranks: Ranks) -> None:
     from torch import distributed
 
     has_gpu = torch.cuda.is_available()
-    if has_gpu:
+    if has_gpu and local_rank() < torch.cuda.device_count():  # of more ranks than GPUs only the CPU may be the models'
         torch.cuda.set_device(local_rank())
     try:
         if not distributed.is_initialized():

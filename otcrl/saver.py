@@ -209,8 +209,9 @@ class Best:
 
     def hear(self, step: int, metrics: Mapping[str, float | None]) -> None:
         value = metrics.get(self.metric)
-        if self.metric and self.metric not in metrics and "rollout/skipped" not in metrics and not self._said:
-            self._said = True  # some have it now and then alone: that is no mistake, a wrong name is
+        is_missing = self.metric and self.metric not in metrics and "rollout/skipped" not in metrics
+        if is_missing and not self._said and dist.is_first():
+            self._said = True  # some are there now and then alone, which is no mistake; a wrong name is
             hint = nearest(self.metric, metrics)
             tell(f"step {step} has no {self.metric!r}, by which loop.keep_best chooses: it cannot be the best.{hint}")
         if value is not None and value == value:  # NaN is no score

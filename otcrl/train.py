@@ -26,6 +26,7 @@ from otcrl.loggers.jsonl import say_unwritten
 from otcrl.protocols import Algorithm, Engine, RewardFn, Task
 from otcrl.rewards.given_up import GIVEN_UP
 from otcrl.rollout.collect import Collector, Progress
+from otcrl.rollout.pace import in_pace
 from otcrl.rollout.schedule import Group, Rollouts, together
 from otcrl.rollout.scoring import check_void, has_signal, score_alike
 from otcrl.rollout.stream import joined
@@ -111,7 +112,8 @@ async def train_step(step: int, run: Run) -> Metrics:
     clock, given_up = Stopwatch(), GIVEN_UP.count
 
     async def signal(group: Group) -> bool:  # a judge may be slow, and others are answered by their tools meanwhile
-        return await run.thread(has_signal, run.reward, group)
+        async with in_pace(run.engine):
+            return await run.thread(has_signal, run.reward, group)
 
     playing = run.rollouts.collect(step, signal, run.bars(f"step {step} rollout"))
     harvest = await run.termination.all_unless(playing, run.thread)

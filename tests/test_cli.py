@@ -22,6 +22,7 @@ from otcrl.compose import compose, expand, to_yaml
 from otcrl.errors import ConfigError
 from otcrl.manual import COMMANDS
 from otcrl.presets import presets
+from otcrl.tasks.question_answering import QuestionAnswering
 
 ROOT = Path(__file__).parents[1]
 GROUPS = ("dialect", "tools", "model", "engine", "reward", "algo")
@@ -170,6 +171,21 @@ def test_a_group_chosen_anew_replaces_the_one_of_the_run(demo: Path, tmp_path: P
     assert compose(["logger=console"], run=tmp_path)["logger"].keys() == {"console"}
 
 
+def test_a_scale_is_chosen_as_a_run_begins(tmp_path: Path):
+    (tmp_path / "config.yaml").write_text(to_yaml(run_config(["conf=quickstart"])))
+    with pytest.raises(ConfigError, match="scale is chosen as a run begins"):
+        compose(["scale=8gpus"], run=tmp_path)
+
+
+def test_a_scale_of_ones_own_rests_on_one_that_rests_on_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "scale").mkdir()
+    (tmp_path / "scale/mine.yaml").write_text(
+        "# @package _global_\ndefaults: [2x8gpus, _self_]\nengine: {gpu_memory: 0.3}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert run_config(["conf=quickstart", "scale=mine"])["engine"]["gpu_memory"] == 0.3
+
+
 def test_another_engine_for_a_run_holds_as_much_as_its_own(tmp_path: Path):
     """Or its trajectories would be cut elsewhere, and its figures be others."""
     (tmp_path / "config.yaml").write_text(to_yaml(run_config(["conf=otc_grpo_search"])))
@@ -196,6 +212,9 @@ def test_eval_takes_a_run_or_a_model(demo: Path, tmp_path: Path, capsys: pytest.
     assert refusal(capsys, "eval").startswith("add either run=DIR or model=NAME_OR_PATH")
 
 
+class Mine(QuestionAnswering): ...
+
+
 def test_files_to_evaluate_are_asked_as_the_task_asks_its_own_and_read_as_what_is_typed_says():
     """A preset that judges mathematics still does; its `max_test` is about its own files."""
     words = ["conf=torl_grpo", "data=a.jsonl,b.jsonl", "task.skip_bad_rows=true"]
@@ -206,8 +225,15 @@ def test_files_to_evaluate_are_asked_as_the_task_asks_its_own_and_read_as_what_i
     few = ["conf=smollm2_search", "data=a.jsonl", "task.train=[]"]
     assert "max_test" not in eval_config(few)["task"], "30 in the preset"
     assert eval_config([*few, "task.max_test=5"])["task"]["max_test"] == 5
-    sums = eval_config(["conf=smollm2_python", "data=a.jsonl"])
-    assert asking(sums["task"], ["a.jsonl"])["match"] == "math"
+    sums = eval_config(["conf=smollm2_python", "data=a.jsonl", "+task.max_test=3"])
+    assert asking(sums["task"], ["a.jsonl"]) == {
+        "_target_": "otcrl.tasks.question_answering.QuestionAnswering",
+        "test": ["a.jsonl"],
+        "match": "math",
+        "max_test": 3,
+    }
+    own = {"_target_": "tests.test_cli.Mine", "in_domain": ["a"]}
+    assert asking(own, ["a.jsonl"]) == own | {"train": [], "test": ["a.jsonl"]}, "it has a judge of its own"
 
 
 def test_eval_takes_a_checkpoint_of_a_run_and_a_folder_for_its_results(

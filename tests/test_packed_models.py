@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from otcrl.models.critic import Critic
-from otcrl.models.packed_attention import Packed, by_buckets, of_rows
+from otcrl.models.packed_attention import Packed, by_buckets, of_rows, takes_flash
 from otcrl.models.policy import recomputing, token_logprobs
 from otcrl.models.reader import Packing, Reader
 from otcrl.models.token_logprobs import Entropy
@@ -207,6 +208,26 @@ def group(prompt: int, lengths: Sequence[int]) -> Rows:
         (start + torch.randint(V, (length,), generator=rng).tolist(), [False] * prompt + [True] * length)
         for length in lengths
     ]
+
+
+@pytest.mark.parametrize(
+    ("size", "values", "dtype", "capability", "takes"),
+    [
+        (128, 128, torch.bfloat16, (9, 0), True),
+        (256, 256, torch.float16, (8, 0), True),
+        (128, 128, torch.float32, (9, 0), False),
+        (512, 512, torch.bfloat16, (9, 0), False),  # Gemma 4
+        (192, 128, torch.bfloat16, (9, 0), False),
+        (100, 100, torch.bfloat16, (9, 0), False),
+        (128, 128, torch.float16, (7, 5), False),  # T4
+    ],
+)
+def test_flash_attention_is_asked_for_what_it_has_kernels_for(monkeypatch, size, values, dtype, capability, takes):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query, value = (
+        SimpleNamespace(is_cuda=True, dtype=dtype, device="cuda:0", shape=(1, 4, 7, n)) for n in (size, values)
+    )
+    assert takes_flash(cast(Tensor, query), cast(Tensor, value)) is takes
 
 
 def test_the_model_computes_a_groups_prompt_once():

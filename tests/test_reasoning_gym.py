@@ -14,10 +14,11 @@ from otcrl.dialects.torl import ToRL
 from otcrl.errors import ConfigError
 from otcrl.rewards.given_up import GIVEN_UP
 from otcrl.tasks.reasoning_gym import ReasoningGym, is_plain
-from otcrl.tasks.reasoning_gym_verifier import harmless
 from otcrl.types import Problem
 
 pytest.importorskip("reasoning_gym", reason="needs otcrl[reasoning]")
+
+from otcrl.tasks.reasoning_gym_verifier import harmless
 
 PLAIN = ReasoningGym(datasets=["letter_counting", "chain_sum"], train_size=20, test_size=10)
 

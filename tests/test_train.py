@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -94,14 +96,19 @@ class Slow(OTCReward):
 
     def __call__(self, trajectories_PG: Sequence[Sequence[Trajectory]]) -> list[list[Reward]]:
         assert threading.current_thread() is not threading.main_thread()
-        return super().__call__(trajectories_PG)
+        time.sleep(random.random() * 0.03)
+        rewards_PG = super().__call__(trajectories_PG)
+        pairs = (zip(*both, strict=True) for both in zip(trajectories_PG, rewards_PG, strict=True))
+        return [[replace(r, value=len(t.token_ids) * 0.01) for t, r in group] for group in pairs]
 
 
 @pytest.mark.parametrize("only_signal", [False, True])
 def test_rewards_are_judged_beside_the_event_loop(tmp_path, only_signal):
     judge = ["reward._target_=tests.test_train.Slow", f"rollout.schedule.only_signal={only_signal}"]
-    train(tmp_path / "run", *BRIEF, "sft.steps=1", "loop.steps=2", *judge)
-    assert [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]
+    for name in "ab":
+        train(tmp_path / name, *BRIEF, "sft.steps=1", "loop.steps=2", *judge)
+    assert [row["step"] for row in learned(tmp_path / "a")] == [0, 1, 2]
+    assert learned(tmp_path / "a") == learned(tmp_path / "b"), "however long it takes"
 
 
 def test_every_step_reports_how_well_sampler_and_learner_agree(tmp_path):

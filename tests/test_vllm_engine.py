@@ -726,10 +726,17 @@ class OnGPU:
 def test_only_an_engine_on_the_learners_gpu_sleeps_and_takes_weights_by_handle(devices, shares):
     engine = make(cast(PreTrainedModel, OnGPU()), devices=devices)
     assert engine._sleeps is shares
-    assert engine._publisher._by_handle is shares
+    assert (engine._publisher._snapshot is None) is shares
     assert arguments(engine, Path())["enable_sleep_mode"] is shares
-    with nullcontext() if shares else pytest.raises(ValueError, match="ipc needs the learner's GPU, cuda:0, among"):
+    with nullcontext() if shares else pytest.raises(ValueError, match=r"ipc needs the learner's GPU, cuda:0, among"):
         make(cast(PreTrainedModel, OnGPU()), devices=devices, transport="ipc")
+
+
+def test_memory_in_expandable_segments_travels_by_file(monkeypatch):
+    """To open its handles takes the right to trace the trainer, which containers and Ubuntu do not give."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "garbage_collection_threshold:0.8,expandable_segments:True")
+    assert make(cast(PreTrainedModel, OnGPU()))._publisher._snapshot is not None
+    assert make(cast(PreTrainedModel, OnGPU()), transport="ipc")._publisher._snapshot is None, "who has it may ask"
 
 
 def test_an_engine_that_is_found_dead_at_bedtime_is_the_next_publications_matter():

@@ -95,6 +95,9 @@ class Learner:
         self.lora.adapt(self.policy, self.seed)
         policy = self._trained("policy", self.policy, self._read_policy, self.policy_optimizer)
         self.backends = {"policy": policy}
+        for module in () if came_split else (self.reference, self.critic):  # the backend may have moved the policy
+            if module is not None and module is not self.policy:
+                nn.Module.to(module, self.policy.device)
         self.reader = reader = policy.inside(Reader.of, self.policy, self.packing)
         if reader.why_padded and dist.is_first():
             tell(f"learner.packing={self.packing} is padded for this model: {reader.why_padded}", sys.stdout)

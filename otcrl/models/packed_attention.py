@@ -176,9 +176,17 @@ def packed_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     query_UHD, key_UHD, value_UHD = (x[0].transpose(0, 1) for x in (query, key, value))
-    flash = varlen() if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) else None
-    attend = flash or by_buckets
+    attend = (varlen() if takes_flash(query, value) else None) or by_buckets
     return attend(query_UHD, key_UHD, value_UHD, packed, scaling, window)[None], None
+
+
+def takes_flash(query: Tensor, value: Tensor) -> bool:
+    """What flash-attn has kernels for: 16 bits, from Ampere on, heads of up to 256 numbers, keys and values alike."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    size = query.shape[-1]
+    is_recent = torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return is_recent and size <= 256 and size % 8 == 0 and value.shape[-1] == size
 
 
 def by_buckets(

@@ -90,5 +90,10 @@ class Pace:
 
 def paced(engine: Engine, tool: Tool) -> AbstractAsyncContextManager[None]:
     """What a call of `tool` runs in: the engine's pace, if it has one and the tool answers from this machine."""
+    return in_pace(engine) if getattr(tool, "is_local", False) else nullcontext()
+
+
+def in_pace(engine: Engine) -> AbstractAsyncContextManager[None]:
+    """For whatever trajectories to come wait for, beside tools."""
     begin = getattr(engine, "pace", None)
-    return begin() if begin is not None and getattr(tool, "is_local", False) else nullcontext()
+    return begin() if begin is not None else nullcontext()

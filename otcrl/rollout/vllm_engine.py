@@ -42,8 +42,8 @@ from otcrl.rollout.vllm_launch import (
     child_environment,
     devices_of_rank,
     save_description,
-    sees_learner,
     sleeps,
+    takes_handles,
     torch_dtype,
 )
 from otcrl.tell import tell
@@ -86,15 +86,14 @@ class VLLMEngine:
     def __post_init__(self) -> None:
         check_vllm()
         check_settings(self)
-        on_gpu = self.model.device.type == "cuda"
         self._sleeps = sleeps(self)
         self._check_options()
         self._llm: AsyncLLM | None = None
         self._processes: list[Any] = []
         self._folder = OwnFolder()
         folder = Path(self.weights_dir) if self.weights_dir else None
-        by_handle = on_gpu and (self.transport == "ipc" or (self.transport == "auto" and sees_learner(self)))
-        self._publisher = Publisher(self.model, by_handle=by_handle, folder=folder, dtype=torch_dtype(self.dtype))
+        how = {"by_handle": takes_handles(self), "folder": folder, "dtype": torch_dtype(self.dtype)}
+        self._publisher = Publisher(self.model, **how)
         self._gate, self._common = Gate(), Common()  # a start or a revival
         self._has_begun = False  # to be given weights: from then on they come from the learner alone
         self._in_flight: set[str] = set()  # requests that vLLM has

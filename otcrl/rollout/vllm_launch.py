@@ -87,6 +87,13 @@ def sees_learner(engine: VLLMEngine) -> bool:
     return engine.devices is None or (engine.model.device.index or 0) in engine.devices
 
 
+def takes_handles(engine: VLLMEngine) -> bool:
+    """Whether new weights travel as CUDA handles. To open those of expandable segments takes rights that few have."""
+    if engine.model.device.type != "cuda" or engine.transport != "auto":
+        return engine.model.device.type == "cuda" and engine.transport == "ipc"
+    return sees_learner(engine) and not any("expandable_segments:True" in os.environ.get(n, "") for n in ALLOCATORS)
+
+
 def sleeps(engine: VLLMEngine) -> bool:
     """Whether it gives its GPU's memory to the learner while that one works."""
     return engine.model.device.type == "cuda" and engine.sleep_level > 0 and sees_learner(engine)
