@@ -17,7 +17,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 from otcrl import dist
 from otcrl.errors import DataError
-from otcrl.models.lora import described_without_adapters
 from otcrl.sealed import MANIFEST, Corrupt, check, seal, whole
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
+FLAG = "_hf_peft_config_loaded"  # by which transformers knows a model with adapters
 CHUNK = 2**24  # bytes that are hashed and written at a time
 DTYPES = {  # torch's name -> that of a safetensors file
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
@@ -144,6 +144,17 @@ def write_model(
             raise
         raise OSError(f"the tokenizer: {error}") from error
     return {WEIGHTS: sha}
+
+
+@contextmanager
+def described_without_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `save_pretrained` writes the config of the model, whose weights are merged, not that of its adapters."""
+    adapted = getattr(model, FLAG, False)
+    setattr(model, FLAG, False)
+    try:
+        yield
+    finally:
+        setattr(model, FLAG, adapted)
 
 
 def read_weights(path: Path, learner: Learner) -> Iterator[tuple[str, Tensor]]:

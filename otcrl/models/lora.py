@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-FLAG = "_hf_peft_config_loaded"  # by which transformers knows a model with adapters
-
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
@@ -51,17 +49,6 @@ class Lora:
                 model.add_adapter(config)
             except ValueError as error:
                 raise ConfigError(f"lora.targets: {str(error).splitlines()[0]}") from error
-
-
-@contextmanager
-def described_without_adapters(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, `save_pretrained` writes the config of the model, whose weights are merged, not that of its adapters."""
-    adapted = getattr(model, FLAG, False)
-    setattr(model, FLAG, False)
-    try:
-        yield
-    finally:
-        setattr(model, FLAG, adapted)
 
 
 @contextmanager
