@@ -160,7 +160,7 @@ def composed(words: Sequence[str]) -> Config:
         return read(run)
     primary = read(conf_dir() / "config.yaml")
     named = overlay("experiment", typed.get("conf"))
-    overlays = [named, overlay("scale", typed.get("scale"))]
+    overlays = [named, scale := overlay("scale", typed.get("scale"))]
     entries = [entry for entry in primary.pop("defaults") if isinstance(entry, dict)]
     entries += [entry for each in overlays for entry in each.pop("defaults", [])]
     chosen = {key.removeprefix("override /"): name for entry in entries for key, name in entry.items()}
@@ -171,6 +171,8 @@ def composed(words: Sequence[str]) -> Config:
             sections = merged(sections, {group: section(group, name)})
         if group in typed and group in named:
             named[group] = fitting(named[group], sections[group])
+        if group in scale:
+            scale[group] = fitting(scale[group], sections[group])
     for each in overlays:
         primary = merged(primary, each)
     return merged(sections, primary)
