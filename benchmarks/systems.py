@@ -204,6 +204,7 @@ def main() -> None:
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(lambda run: train(world, *run, start=start, runs=folder, dry=options.dry), chosen))
     record(options.runs, options.world)
+    record_curves(options.runs, options.world)
 
 
 def train(world: World, system: str, seed: int, *, start: Path, runs: Path, dry: bool) -> None:
@@ -242,6 +243,18 @@ def record(runs: Path, world: str) -> None:
         if run.startswith("otc") and (twin := next(filter(None, twins), None)):
             ratios[f"{where}/{run}: calls"] = own / twin
     publish("systems", rows, ratios)
+
+
+def record_curves(runs: Path, world: str) -> None:
+    """Calls and right answers of each training step go into results/systems_curves.json, for docs/plots.py."""
+    path, curves = RESULTS / "systems_curves.json", dict[str, dict[str, list[float]]]()
+    for file in sorted((runs / world).glob("*/metrics.jsonl")):
+        rows = [row for row in map(json.loads, file.read_text().splitlines()) if "reward/correct" in row]
+        names = {"calls": "calls/well_formed", "right": "reward/correct"}
+        curves[file.parent.name] = {name: [round(row[key], 4) for row in rows] for name, key in names.items()}
+    if curves:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(known | {world: curves}, sort_keys=True) + "\n")
 
 
 def once(folder: Path, result: str, command: Sequence[str], dry: bool) -> None:

@@ -1,10 +1,11 @@
-"""Draws the plots of idea.md from the functions that train:  python docs/plots.py
+"""Draws plots of the docs, from the functions that train and from what benchmarks measured:  python docs/plots.py
 
 The images do not change from one drawing to the next (no dates, no random names), so a test draws them again.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from otcrl.algos.functional import group_advantages
 from otcrl.rewards.otc import r_tool_grpo, r_tool_ppo
 
 IMAGES = Path(__file__).parent / "images"
+CURVES = Path(__file__).parents[1] / "benchmarks/results/systems_curves.json"  # of benchmarks/systems.py
 CALLS = range(9)
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "otcrl",
@@ -36,7 +38,7 @@ STYLE: dict[Any, Any] = {
 def draw(folder: Path = IMAGES) -> list[Path]:
     """Writes every plot into `folder`; returns their paths."""
     with matplotlib.rc_context(STYLE):
-        plots = {"otc-reward": reward(), "otc-advantage": advantages()}
+        plots = {"otc-reward": reward(), "otc-advantage": advantages(), "results-training": training()}
         for name, figure in plots.items():
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
     return [folder / f"{name}.svg" for name in plots]
@@ -67,6 +69,20 @@ def advantages() -> Figure:
         axes.set(title=title, xlabel="trajectory of the group, all of them right")
     left.set_ylabel("advantage")
     return finished(figure, left, right)
+
+
+def training() -> Figure:
+    """Calls in training of both systems, every seed: sums, and search whose second one shows nothing new."""
+    figure, panels_2 = panels()
+    worlds = {"sums": "sums: OTC and ToRL", "single_hop_same": "search, one hop: OTC and Search-R1"}
+    curves = json.loads(CURVES.read_text())
+    for axes, (world, title) in zip(panels_2, worlds.items(), strict=True):
+        for run, found in curves[world].items():
+            is_otc = run.startswith("otc")
+            axes.plot(found["calls"], label=run, color="C0" if is_otc else "C1", marker="", alpha=0.8)
+        axes.set(title=title, xlabel="training step", ylim=(0, None))
+    panels_2[0].set_ylabel("calls of a trajectory")
+    return finished(figure, *panels_2)
 
 
 def panels() -> tuple[Figure, Sequence[Axes]]:
