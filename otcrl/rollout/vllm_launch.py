@@ -89,9 +89,10 @@ def sees_learner(engine: VLLMEngine) -> bool:
 
 def takes_handles(engine: VLLMEngine) -> bool:
     """Whether new weights travel as CUDA handles. To open those of expandable segments takes rights that few have."""
-    if engine.model.device.type != "cuda" or engine.transport != "auto":
-        return engine.model.device.type == "cuda" and engine.transport == "ipc"
-    return sees_learner(engine) and not any("expandable_segments:True" in os.environ.get(n, "") for n in ALLOCATORS)
+    if engine.model.device.type != "cuda" or engine.transport == "file":
+        return False
+    is_expandable = any("expandable_segments:True" in os.environ.get(name, "") for name in ALLOCATORS)
+    return engine.transport == "ipc" or (sees_learner(engine) and not is_expandable)
 
 
 def sleeps(engine: VLLMEngine) -> bool:
