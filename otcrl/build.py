@@ -329,7 +329,9 @@ def build_collector(cfg: Config, world: World, engine: Engine) -> Collector:
     settings = {**cfg["rollout"]}
     settings.pop("schedule", None)  # of training
     limits = construct_as(Limits, settings.pop("limits", None), "rollout.limits")
-    player = Player(engine=engine, tokenizer=world.tokenizer, dialect=world.dialect, tools=world.tools, limits=limits)
+    given = {"first": settings.pop("first")} if "first" in settings else {}
+    parts = {"tokenizer": world.tokenizer, "dialect": world.dialect, "tools": world.tools, "limits": limits}
+    player = construct_as(Player, given, "rollout", engine=engine, **parts)
     return construct_as(Collector, settings, "rollout", player=player, seed=cfg["seed"])
 
 

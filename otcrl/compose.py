@@ -291,11 +291,12 @@ def load(path: Path) -> Config:
 # -- errors ---------------------------------------------------------------------------------------
 
 
-def compose_staged(stage: Path, overrides: Sequence[str]) -> Config:
+def compose_staged(stage: Path, overrides: Sequence[str], *, whole: bool = True) -> Config:
+    """`whole`: a setting that has no value yet is an error."""
     try:
         with hydra.initialize_config_dir(str(stage), version_base=None):
             composed = hydra.compose("config", overrides=list(overrides))
-        content = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        content = OmegaConf.to_container(composed, resolve=whole, throw_on_missing=whole)
     except MissingConfigException as error:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         found = {*options(group), *(error.options or [])}
@@ -318,7 +319,8 @@ def explained(error: Exception, stage: Path, overrides: Sequence[str]) -> Config
             return ConfigError(f"{key}: {reason}")
         choices = [text for text in overrides if parse(text).key_or_group in groups()]
         if len(choices) < len(overrides):
-            return ConfigError(f"{key} is not a setting.{nearest_setting(key, compose_staged(stage, choices))}")
+            known = compose_staged(stage, choices, whole=False)
+            return ConfigError(f"{key} is not a setting.{nearest_setting(key, known)}")
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(f"{error.full_key} is not set: add {error.full_key}=...")
     if missing := getattr(error, "full_key", None):

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # torch takes seconds to import
 
 T = TypeVar("T")
 GAVE_UP = 75  # exit code of a rank whose others did not come (EX_TEMPFAIL)
+GRACE_S = 60.0  # in which `deadline` says where a rank has waited, before torch's own watchdog ends it
 NAMES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # What the launcher said. Read once: while vLLM starts beside the learner, the environment lacks it (vllm_launch.py).
 LAUNCHER = {name: os.environ[name] for name in NAMES if name in os.environ}
@@ -68,8 +69,23 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """The number of this process on its machine, which is the number of its GPU."""
+    """The number of this process on its machine."""
     return int(LAUNCHER.get("LOCAL_RANK", "0")) if launched() > 1 else 0
+
+
+def own_gpu() -> int:
+    """The number of this rank's GPU among those that it sees: its own number, or 0 where it is shown one alone, as by
+    `srun --gpus-per-task=1`. Raises ConfigError when there is no such GPU."""
+    import torch
+
+    seen = torch.cuda.device_count()
+    number = local_rank() if seen != 1 else 0
+    if number >= seen:
+        raise ConfigError(
+            f"rank {rank()} is number {number} of its machine, from 0, and torch sees {seen} GPUs there: start as many "
+            "ranks as there are GPUs, or set model.device=cpu"
+        )
+    return number
 
 
 def size() -> int:
@@ -90,13 +106,13 @@ def start(ranks: Ranks) -> None:
     from torch import distributed
 
     has_gpu = torch.cuda.is_available()
-    if has_gpu and local_rank() < torch.cuda.device_count():  # of more ranks than GPUs only the CPU may be the models'
-        torch.cuda.set_device(local_rank())
+    with suppress(ConfigError):  # of more ranks than GPUs: then only the CPU may be the models'
+        if has_gpu:
+            torch.cuda.set_device(own_gpu())
     try:
         if not distributed.is_initialized():
-            distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=timedelta(seconds=ranks.timeout_s)
-            )
+            backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+            distributed.init_process_group(backend, timeout=timedelta(seconds=ranks.timeout_s + GRACE_S))
         _State.host_group = distributed.new_group(backend="gloo", timeout=timedelta(seconds=ranks.timeout_s))
     except (RuntimeError, ValueError) as error:  # torch's DistStoreError and DistNetworkError are RuntimeErrors
         raise ConfigError(f"rank {rank()} of {size()} did not meet the others: {error}") from error
@@ -207,6 +223,16 @@ def add(tensors: Sequence[Tensor], what: str) -> None:
             for tensor in tensors:
                 group = _State.host_group if tensor.device.type == "cpu" else None
                 distributed.all_reduce(tensor, group=group)
+            settle()
+
+
+def settle() -> None:
+    """Returns when this thread's GPU has done what it was asked to: a collective there has only begun when its call
+    returns, and it is then that a missing rank is waited for."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def largest(value: int, what: str) -> int:

@@ -310,6 +310,11 @@ def test_a_wrong_override_is_one_line_with_the_nearest_right_one(
     assert refusal(capsys, "train", f"conf={demo}", override).startswith(message)
 
 
+def test_a_wrong_setting_is_named_also_where_another_has_no_value_but_on_the_command_line(capsys):
+    words = ("train", "conf=quickstart", "model=pretrained", "model.path=here", "model.dtyp=float32")
+    assert refusal(capsys, *words) == "model.dtyp is not a setting. Did you mean 'model.dtype'?"
+
+
 def test_a_wrong_command_option_or_preset_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert refusal(capsys, "trian") == "there is no command 'trian'. Did you mean 'train'?"
     assert refusal(capsys, "train", "--cfgs") == "otcrl train has no option --cfgs. Did you mean '--cfg'?"

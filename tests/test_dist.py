@@ -8,8 +8,10 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from hypothesis import strategies as st
 
 from otcrl import dist
 from otcrl.checkpoint import Frontier
+from otcrl.errors import ConfigError
+from otcrl.learner.deepspeed_backend import use_gpu
 from otcrl.models.critic import Critic
 from otcrl.packing import common_prefix, shares
 from otcrl.rollout.stream import Stream, joined
@@ -366,3 +370,55 @@ def test_a_launcher_that_says_half_of_it_is_not_believed():
     run = subprocess.run(words, env=own, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
     assert run.returncode == 2
     assert "WORLD_SIZE is 2 and RANK is not set: start the run with `torchrun" in run.stderr
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Says how many GPUs this process sees, and that it is rank 3 of 4 on its machine."""
+
+    def sees(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        launcher = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+        monkeypatch.setattr(dist, "LAUNCHER", launcher)
+
+    return sees
+
+
+@pytest.mark.parametrize(("count", "own"), [(4, 3), (8, 3), (1, 0)])
+def test_a_rank_has_the_gpu_of_its_number_or_the_only_one_that_it_is_shown(count, own, machine):
+    machine(count)
+    assert dist.own_gpu() == own
+
+
+def test_more_ranks_than_gpus_are_told_what_to_do(machine):
+    machine(2)
+    with pytest.raises(ConfigError, match=r"rank 3 is number 3 of its machine, from 0, and torch sees 2 GPUs there"):
+        dist.own_gpu()
+
+
+def test_deepspeed_is_told_which_gpu_the_model_is_on(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for place, expected in (("cpu", "3"), ("cuda:1", "1")):
+        weight = SimpleNamespace(device=torch.device(place))
+        use_gpu(cast(torch.nn.Module, SimpleNamespace(parameters=lambda weight=weight: iter([weight]))))
+        assert os.environ["LOCAL_RANK"] == expected
+
+
+def test_a_rank_that_waits_on_its_gpu_waits_within_the_deadline(monkeypatch):
+    """A collective of NCCL returns at once; who waits for it later, elsewhere, is ended without a word."""
+    order = []
+
+    @contextmanager
+    def deadline(what):
+        order.append(f"begin {what}")
+        yield
+        order.append("end")
+
+    monkeypatch.setattr(dist, "size", lambda: 2)
+    monkeypatch.setattr(dist, "deadline", deadline)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, group: order.append("asked"))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("done"))
+    dist.add([torch.zeros(1)], "gradients")
+    assert order == ["begin gradients", "asked", "done", "end"]

@@ -378,10 +378,16 @@ def test_an_observation_that_fills_the_context_ends_the_trajectory():
 # -- one trajectory among many --------------------------------------------------------------------------
 
 
-def test_who_has_made_more_turns_goes_first():
+@pytest.mark.parametrize(("first", "priorities"), [("nearly_done", [0, -1, -2]), ("least_done", [0, 1, 2])])
+def test_who_has_made_more_turns_goes_first_or_last(first, priorities):
     engine = Script(CALL, CALL, ANSWER)
-    play(engine)
-    assert engine.priorities == [0, -1, -2]
+    asyncio.run(replace(player(engine), first=first).play(PROBLEM, temperature=1.0, seed=7, session="s"))
+    assert engine.priorities == priorities
+
+
+def test_an_order_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="first must be nearly_done or least_done, got 'newest'"):
+        replace(player(Script()), first="newest")
 
 
 SHORT = replace(LIMITS, timeout_s=0.05)

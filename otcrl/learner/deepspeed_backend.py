@@ -126,6 +126,7 @@ class DeepSpeedBackend:
             for parameter in self._trained.values():
                 parameter.data = parameter.data if hasattr(parameter, "ds_id") else parameter.data.to(dtype)
         config = settings.config(dtype, max_grad_norm)
+        use_gpu(module)
         self._function = function
         self._engine: Any = deepspeed.initialize(model=Computes(module), optimizer=self._adamw, config=config)[0]
         self._make_state()
@@ -189,6 +190,7 @@ class DeepSpeedBackend:
         self._learns = torch.zeros_like(self._learns)
         with dist.deadline(what):
             self._engine.step()
+            dist.settle()
         return float(self._engine.get_global_grad_norm())
 
     def whole(self, parameters: Sequence[Tensor]) -> AbstractContextManager[object]:
@@ -247,6 +249,7 @@ class Frozen:
         self.module = module
         self._function = function
         config = settings.untrained().config(next(module.parameters()).dtype, 1.0)
+        use_gpu(module)
         self._engine: Any = imported().initialize(model=Computes(module), config=config)[0]
 
     def __call__(self, *inputs: Any) -> Any:
@@ -284,6 +287,8 @@ def made_split(settings: DeepSpeed, dtype: torch.dtype) -> Iterator[None]:
     has a whole copy. On all ranks.
     """
     imported()
+    if torch.cuda.is_available():
+        os.environ["LOCAL_RANK"] = str(dist.own_gpu())  # see `use_gpu`
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     config = HfDeepSpeedConfig(settings.untrained().config(dtype, 1.0))  # transformers finds it while it lives
@@ -292,6 +297,14 @@ def made_split(settings: DeepSpeed, dtype: torch.dtype) -> Iterator[None]:
     finally:
         unset_hf_deepspeed_config()
         del config
+
+
+def use_gpu(module: nn.Module) -> None:
+    """Tells DeepSpeed where the model is: it takes LOCAL_RANK for the number of its GPU, would move the model there,
+    and a rank may have been shown one GPU alone, or been given another by `model.device`."""
+    device = next(module.parameters()).device
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)
 
 
 @cache

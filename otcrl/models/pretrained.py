@@ -38,8 +38,9 @@ class Pretrained:
         import torch
         from transformers import AutoModelForCausalLM
 
-        own = f"cuda:{dist.local_rank()}" if torch.cuda.is_available() else "cpu"
-        device = self.device if self.device != "auto" else own
+        device = self.device
+        if device == "auto":
+            device = f"cuda:{dist.own_gpu()}" if torch.cuda.is_available() else "cpu"
         try:
             usable = torch.device(device).type != "cuda" or torch.cuda.is_available()
         except RuntimeError as error:

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from otcrl.errors import DataError, ToolUnavailable
 from otcrl.protocols import (
@@ -30,6 +30,9 @@ from otcrl.protocols import (
 )
 from otcrl.rollout.pace import paced
 from otcrl.types import Metrics, Outcome, Problem, Stop, ToolCall, Trajectory
+
+First = Literal["nearly_done", "least_done"]
+ORDERS: Mapping[str, int] = {"nearly_done": -1, "least_done": 1}  # a lower priority goes first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +115,11 @@ class Player:
     dialect: Dialect
     tools: Mapping[str, Tool]
     limits: Limits
+    first: First = "nearly_done"  # of the trajectories that wait for the engine
+
+    def __post_init__(self) -> None:
+        if self.first not in ORDERS:
+            raise ValueError(f"first must be {' or '.join(ORDERS)}, got {self.first!r}")
 
     def open(self, problem: Problem) -> list[int]:
         """The ids that open a trajectory. Raises DataError when there are none."""
@@ -223,7 +231,7 @@ class Player:
             temperature=temperature,
             seed=seed,
             session=session,
-            priority=-len(draft.turns),  # who is nearly done goes first
+            priority=ORDERS[self.first] * len(draft.turns),
         )
         draft.generate_s += time.monotonic() - begun
         text = opening + self.tokenizer.decode(without_end(completion.token_ids, self.tokenizer.stop_ids))

@@ -317,8 +317,7 @@ class VLLMEngine:
             self._give_back_memory()
 
     def _construct(self, folder: Path) -> AsyncLLM:
-        devices = devices_of_rank(self.devices, self.model.device.type == "cuda")
-        with child_environment(devices, self.cpu_cache_gib, folder):
+        with child_environment(devices_of_rank(self), self.cpu_cache_gib, folder):
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 

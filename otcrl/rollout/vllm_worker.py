@@ -19,7 +19,7 @@ from otcrl.rollout import device_handles
 from otcrl.rollout.snapshot import Manifest, damaged, digest, read
 
 EXTENSION = "otcrl.rollout.vllm_worker.Receiver"
-CHUNK = 2**24  # words that are summed at a time
+CHUNK = 2**22  # words that are summed at a time: 32 MiB each, of a GPU that is full
 LEAVE_S = 5.0
 LEAVING = threading.Lock()  # a group that is destroyed twice crashes
 BLANK = 0.1875  # no parameter of a trained model has this value alone, and every floating type can hold it
