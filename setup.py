@@ -81,7 +81,7 @@ setup(
         "hydra-core>=1.3",
         "omegaconf>=2.3",
         "pydantic>=2.7",
-        "rich>=13",
+        "rich>=14.1",
         "packaging>=23",
     ],
     extras_require=EXTRAS,

@@ -16,7 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TypeVar
 
-from otcrl.errors import ConfigError, DataError, nearest
+from otcrl.errors import ConfigError, DataError, NoProblems, nearest
 from otcrl.jsonlines import read_json_lines
 from otcrl.tasks.catalogue import CATALOGUE, Published
 from otcrl.tasks.fields import Record, Row
@@ -121,7 +121,8 @@ def write(
 
     Of each split the first `limit` rows are taken, or with a `seed` as many drawn at random.
 
-    Raises DataError, and leaves no file that is not whole. Where bad rows are skipped, so is a file of nothing else.
+    Raises DataError, and leaves no file that is not whole. Where bad rows are skipped, so is a file that is whole and
+    holds nothing else.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +131,7 @@ def write(
     problems: list[Problem] = []
     passages: dict[str, Passage] = {}  # by id
     written: dict[Path, int] = {}
-    refused: list[DataError] = []
+    refused: list[NoProblems] = []
     for split, where, rows in splits:
         path, found, partial = folder / f"{split}.jsonl.gz", list[Problem](), list[str]()
         every = records(rows, where, skip_bad_rows, reader)
@@ -141,9 +142,9 @@ def write(
                     partial += [f"{place}: {list(record.gold_missing)}"] if record.gold_missing else []
                     put(file, line(found[-1], name, gold_ids(record, passages, name), record.gold_missing), place)
                 if not found:
-                    raise DataError(f"{where} holds no problem.")
+                    raise NoProblems(f"{where} holds no problem.")
                 check_unique([*problems, *found], where)
-        except DataError as error:
+        except NoProblems as error:
             if not skip_bad_rows:
                 raise
             refused.append(error)

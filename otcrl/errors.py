@@ -3,6 +3,7 @@
 OtcrlError
 ├── ConfigError(ValueError)    the run could not be built: exit code 2, one line, no traceback
 │   └── DataError              a data file, index, tokenizer or prompt is not what the config promised
+│       └── NoProblems         a data file is whole, and holds nothing that its reader could use
 ├── ToolUnavailable            a tool's server or sandbox is down; the policy is not to blame
 ├── EngineError                generation or weight publication failed
 └── TrainingError              the run cannot go on: loss is not finite, too many infrastructure failures
@@ -24,6 +25,10 @@ class ConfigError(OtcrlError, ValueError):
 
 class DataError(ConfigError):
     """A data file, index, tokenizer or prompt is not what the config promised."""
+
+
+class NoProblems(DataError):
+    """A data file holds no row, or none that is a problem."""
 
 
 class ToolUnavailable(OtcrlError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,12 +35,17 @@ def run(words: Sequence[str]) -> int:
 
 def build(words: list[str]) -> int:
     from otcrl.tools.retrieval.build import build_index, derive
+    from otcrl.tools.retrieval.dense import METRICS
+    from otcrl.tools.retrieval.index import read_manifest
 
     settings = parsed("build", words)
     base, out = settings.pop("base", None), required("build", settings, "out")
     if base is not None:
         if clash := {"corpus", "shard"} & settings.keys():
             raise ConfigError(f"base={base} has its passages already: leave {min(clash)} out")
+        metric = read_manifest(Path(str(base))).metric
+        if settings.get("kind") != "bm25" and metric in METRICS:  # as the vectors were made to be compared
+            settings.setdefault("metric", metric)
         index = derive(str(base), out, recipe_of(settings))
     else:
         corpus = shard_of(corpus_of(required("build", settings, "corpus")), settings.pop("shard", None))
@@ -170,15 +175,16 @@ def encoder_of(settings: dict[str, Any]) -> Encoder:
     from otcrl.construct import construct
 
     name = settings.pop("encoder", "minilm")
-    node = load(path) if (path := conf_dir() / ENCODERS / f"{name}.yaml").is_file() else from_model(str(name))
+    presets = {path.stem: load(path) for path in sorted((conf_dir() / ENCODERS).glob("*.yaml"))}
+    own = next((node for node in presets.values() if node.get("model") == name), None)  # with its prefixes and pooling
+    node = presets.get(str(name)) or own or from_model(str(name), presets)
     for key in [key for key in settings if key.startswith("encoder.")]:
         node[key.removeprefix("encoder.")] = settings.pop(key)
     return construct(node, "encoder")
 
 
-def from_model(name: str) -> dict[str, Any]:
+def from_model(name: str, presets: Collection[str]) -> dict[str, Any]:
     """Settings for a Hugging Face model that no preset is for."""
-    presets = sorted(path.stem for path in (conf_dir() / ENCODERS).glob("*.yaml"))
     if "/" not in name and not Path(name).exists():
         raise ConfigError(f"encoder={name} is neither a preset nor a model's path or hub name.{nearest(name, presets)}")
     return {"_target_": "otcrl.tools.retrieval.encode.TransformerEncoder", "model": name}
@@ -191,6 +197,8 @@ def recipe_of(settings: dict[str, Any]) -> Recipe:
     from otcrl.tools.retrieval.dense import KINDS, Dense
 
     kind, threads = settings.pop("kind", "flat"), settings.pop("threads", None)
+    if threads is not None and not (isinstance(threads, int) and threads >= 1):
+        raise ConfigError(f"threads must be a number, 1 or more, got {threads!r}")
     if kind not in (kinds := [*KINDS, "bm25", "hybrid"]):
         raise ConfigError(f"kind must be one of {', '.join(kinds)}, got {kind!r}.{nearest(str(kind), kinds)}")
     if "dense" in settings and kind != "hybrid":

@@ -260,6 +260,23 @@ def test_a_sample_of_the_sets_with_passages_is_what_the_search_preset_reads(
     assert [Path(corpus).is_file() for corpus in config["tools"]["search"]["corpus"]] == [True] * 3
 
 
+def test_to_skip_bad_rows_is_not_to_leave_out_a_file_that_is_damaged(tmp_path: Path, capsys):
+    write_rows(tmp_path / "test.jsonl", ROWS["gsm8k"][:1])
+    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS["gsm8k"][:1] * 50).encode())
+    (tmp_path / "train.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    why = refusal(capsys, "data", "gsm8k", f"from={tmp_path}", f"out={tmp_path / 'out'}", "skip_bad_rows=true")
+    assert "train.jsonl.gz is not a whole gzip file" in why
+
+
+def test_bad_rows_are_told_also_where_the_first_good_ones_are_enough(tmp_path: Path, caplog):
+    bad = {"question": "Who?", "answer": "nobody"}
+    source = write_rows(tmp_path / "test.jsonl", [ROWS["gsm8k"][0], bad, ROWS["gsm8k"][0], bad])
+    words = ["data", "gsm8k", f"from={source}", f"out={tmp_path}", "skip_bad_rows=true", "max=2"]
+    with caplog.at_level("WARNING"):
+        assert cli.main(words) == 0
+    assert "1 of 3 rows left out" in caplog.text
+
+
 def test_a_file_that_breaks_off_leaves_no_half_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     source = write_rows(tmp_path / "test.jsonl", [ROWS["gsm8k"][0], {"question": "Who?", "answer": "nobody"}])
     assert "row 2: answer must be a solution" in refusal(capsys, "data", "gsm8k", f"from={source}", f"out={tmp_path}")

@@ -24,6 +24,7 @@ from pyarrow import feather, parquet
 
 from otcrl.cli import main
 from otcrl.errors import ConfigError, DataError
+from otcrl.indexing import encoder_of
 from otcrl.presets import shipped
 from otcrl.tools.retrieval import build, quality
 from otcrl.tools.retrieval import index as index_module
@@ -174,6 +175,7 @@ def test_an_index_that_does_not_fit_into_memory_is_refused_before_it_is_loaded(t
         ({"kind": "hnws"}, r"kind must be one of flat, ivf, ivfpq, hnsw, got 'hnws'. Did you mean 'hnsw'\?"),
         ({"metric": "cosine"}, "metric must be one of ip, l2"),
         ({"lists": 0}, "lists must be 1 or more, got 0"),
+        ({"links": 1}, "links must be 2 or more, got 1"),
         ({"target_recall": 1.5}, "target_recall must be above 0 and at most 1, got 1.5"),
         ({"kind": "ivfpq", "storage": "int8"}, "ivfpq keeps code_bytes"),
     ],
@@ -188,6 +190,22 @@ def test_too_few_passages_to_learn_codes_from_are_refused(tmp_path: Path):
         build_index(PASSAGES[:100], ENCODER, tmp_path / "index", Recipe(dense=Dense(kind="ivfpq")))
 
 
+def test_more_lists_than_passages_are_refused_before_anything_is_encoded(tmp_path: Path):
+    class Never(HashingEncoder):
+        def encode(self, texts, is_query):
+            raise AssertionError
+
+    with pytest.raises(DataError, match="lists=100 is more than the 5 passages of the corpus"):
+        build_index(PASSAGES[:5], Never(dimension=64), tmp_path / "index", Recipe(dense=Dense(kind="ivf", lists=100)))
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+def test_of_fewer_than_ten_neighbours_no_more_are_found_than_there_are(tmp_path: Path, kind: str):
+    index = build_index(PASSAGES[:5], ENCODER, tmp_path / "index", Recipe(dense=Dense(kind=kind)))
+    assert index.manifest
+    assert index.manifest.parameters["recall_at_10"] == 1.0
+
+
 # -- words, and both ----------------------------------------------------------------------------------
 
 
@@ -195,6 +213,18 @@ def test_bm25_finds_the_passage_with_the_rare_word_and_needs_no_encoder(tmp_path
     index = build_index(PASSAGES, None, tmp_path / "index", WORDS)
     assert ids(index, "who is number 345?")[0] == "p345"
     assert ids(index, "zzz") == []  # rather than passages that share no word
+
+
+def test_passages_of_stop_words_have_nothing_to_be_found_by(tmp_path: Path):
+    with pytest.raises(DataError, match="no passage has a word of two letters or more that is no stop word"):
+        build_index([Passage("1", "", "the and of a")], None, tmp_path / "index", WORDS)
+
+
+def test_words_alone_need_no_faiss(tmp_path: Path):
+    code = "import sys; import tests.test_index as t; sys.modules['faiss'] = None; "
+    code += "t.build_index(t.PASSAGES, None, sys.argv[1], t.WORDS); print(t.open_index(sys.argv[1]).rows)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "index")], capture_output=True, text=True)
+    assert done.stdout == "700\n", done.stderr
 
 
 def test_vectors_need_an_encoder(tmp_path: Path):
@@ -351,6 +381,10 @@ def test_vectors_of_another_encoder_or_corpus_are_neither_used_nor_thrown_away(t
         build_index(passages, HashingEncoder(dimension=8), tmp_path / "index")
     with pytest.raises(DataError, match="holds an unfinished build with corpus_sha256"):
         build_index(passages[1:], ENCODER, tmp_path / "index")
+    with pytest.raises(DataError, match="holds the vectors of an unfinished build: finish it with the same settings"):
+        build_index(passages, None, tmp_path / "index", WORDS)
+    with pytest.raises(DataError, match="holds the vectors of an unfinished build"):
+        adopt(*foreign_corpus(tmp_path), ENCODER, tmp_path / "index")
     assert kept.stat().st_size == AT_A_TIME * 64 * 4
     assert build_index(passages, ENCODER, tmp_path / "index").rows == AT_A_TIME + 1
     assert not kept.exists()
@@ -454,10 +488,10 @@ def test_runs_wait_for_the_index_that_another_builds_and_one_builds_it_if_that_o
 def test_an_index_that_is_finished_just_when_a_run_begins_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     there, real = tmp_path / "index", build.unfinished
 
-    def late(directory: Path):
+    def late(directory: Path, *, encodes: bool):
         monkeypatch.setattr(build, "unfinished", real)
         build_index(PASSAGES, ENCODER, directory)
-        return real(directory)
+        return real(directory, encodes=encodes)
 
     monkeypatch.setattr(build, "unfinished", late)
     assert build_or_open(PASSAGES, ENCODER, there).rows == 700
@@ -509,6 +543,18 @@ def test_another_kind_is_built_from_a_flat_index_without_encoding(tmp_path: Path
         derive(tmp_path / "hnsw", tmp_path / "no", Recipe())
 
 
+def test_another_kind_compares_as_the_flat_index_did(tmp_path: Path, capsys: pytest.CaptureFixture):
+    build_index(PASSAGES, ENCODER, tmp_path / "flat", Recipe(dense=Dense(metric="l2")))
+    words = ["index", "build", f"base={tmp_path / 'flat'}", f"out={tmp_path / 'hnsw'}", "kind=hnsw"]
+    assert main(words) == 0
+    assert read_manifest(tmp_path / "hnsw").metric == "l2"
+
+
+def foreign_corpus(tmp_path: Path) -> tuple[Path, Corpus]:
+    vectors, corpus = foreign(tmp_path)
+    return vectors, Corpus([str(corpus)])
+
+
 def foreign(tmp_path: Path, dimension: int = 64, rows: int = 700) -> tuple[Path, Path]:
     """What Search-R1 ships: a faiss file, and the corpus in its own form."""
     corpus, vectors = tmp_path / "wiki-18.jsonl", tmp_path / "e5_Flat.index"
@@ -551,6 +597,23 @@ def test_vectors_of_another_encoder_are_not_imported(tmp_path: Path):
     vectors, corpus = foreign(tmp_path)
     with pytest.raises(DataError, match="was made by another encoder, or of another corpus: the vector of passage"):
         adopt(vectors, Corpus([str(corpus)]), Reversed(dimension=64), tmp_path / "index")
+
+
+def test_vectors_with_numbers_of_their_own_are_not_imported(tmp_path: Path):
+    vectors, corpus = foreign(tmp_path)
+    found = faiss.read_index(str(vectors))
+    numbered = faiss.IndexIDMap2(faiss.IndexFlatIP(found.d))
+    numbered.add_with_ids(found.reconstruct_n(0, found.ntotal), np.arange(found.ntotal)[::-1].copy())
+    faiss.write_index(numbered, str(vectors))
+    with pytest.raises(DataError, match="numbers of its own for its vectors: expected them in the order of the corpus"):
+        adopt(vectors, Corpus([str(corpus)]), ENCODER, tmp_path / "index")
+
+
+def test_an_encoder_by_its_hub_name_is_its_preset():
+    """With its prefixes and its pooling: without them hours of encoding give a worse index."""
+    named = encoder_of({"encoder": "intfloat/e5-base-v2"})
+    assert str(named) == str(encoder_of({"encoder": "e5-base-v2"}))
+    assert "query: " in str(named)
 
 
 def test_a_file_that_is_no_index_is_not_imported(tmp_path: Path):
@@ -720,6 +783,11 @@ def test_shards_together_are_the_corpus(tmp_path: Path):
         ),
         (["build", "corpus=CORPUS", "out=x", "kind=bm25", "links=8"], "otcrl index build has no setting 'links'."),
         (["build", "corpus=CORPUS", "out=x", "encoder=hashing", "shard=4/4"], "shard must be NUMBER/COUNT"),
+        (["build", "corpus=CORPUS", "out=x", "encoder=hashing", "threads=abc"], "threads must be a number, 1 or more"),
+        (
+            ["build", "corpus=CORPUS", "out=x", "encoder=hashing", "encoder.dimension=0"],
+            "encoder: dimension must be 1 or more, got 0",
+        ),
         (["info", "nowhere"], "index: nowhere is no index directory"),
         (
             ["eval", "index=nowhere", "questions=QUESTIONS", "k=[0]"],

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -20,6 +23,7 @@ pytest.importorskip("reasoning_gym", reason="needs otcrl[reasoning]")
 
 from otcrl.tasks.reasoning_gym_verifier import harmless
 
+ROOT = Path(__file__).parents[1]
 PLAIN = ReasoningGym(datasets=["letter_counting", "chain_sum"], train_size=20, test_size=10)
 
 
@@ -43,6 +47,32 @@ def test_nothing_that_is_practised_is_asked_in_an_evaluation():
     held_out = [p.question for p in tiny.held_out()]
     assert 0 < len(held_out) == len(set(held_out)) < 200
     assert set(held_out).isdisjoint(p.question for p in tiny.sample(0, 200))
+
+
+def test_a_seed_means_the_same_questions_in_every_process():
+    """Python orders a set of words anew in each: `ransom_note` draws from one."""
+    code = "from tests.test_reasoning_gym import questions; print(questions())"
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True,
+            text=True, check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(found) == 1
+    assert len(found.pop()) > 1000
+
+
+def questions() -> list[str]:
+    return [p.question for p in ReasoningGym(datasets=["ransom_note"], train_size=20, test_size=5).held_out()]
+
+
+@pytest.mark.parametrize("name", ["propositional_logic", "rush_hour"])
+def test_where_no_answer_is_known_the_verifier_alone_says_what_is_right(name: str):
+    task = ReasoningGym(datasets=[name], train_size=1, test_size=1)
+    problem = task.held_out()[0]
+    assert problem.answers == ()
+    assert task.correct("None", problem) < 0.1
 
 
 def test_the_verifier_is_the_data_sets_own(judged: ReasoningGym):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otcrl.errors import DataError
+from otcrl.errors import ConfigError, DataError
 from otcrl.tools.retrieval.build import build_index, build_or_open, memory_index
 from otcrl.tools.retrieval.corpus import Corpus, Passage
 from otcrl.tools.retrieval.encode import HashingEncoder, Vectors
@@ -34,6 +35,27 @@ def test_both_kinds_of_row_are_read(tmp_path: Path):
     ours = write(tmp_path / "a.jsonl", '{"id": "1", "title": "Rome", "text": "A city."}', "")
     search_r1 = write(tmp_path / "b.jsonl", json.dumps({"id": 7, "contents": '"Rome"\nA city.'}))
     assert list(Corpus([ours, search_r1])) == [Passage("1", "Rome", "A city."), Passage("7", "Rome", "A city.")]
+
+
+@pytest.mark.parametrize(
+    ("row", "title", "text"),
+    [
+        ({"title": "Rome", "contents": "A city in Italy."}, "Rome", "A city in Italy."),
+        ({"contents": "A city in Italy, all in one line."}, "", "A city in Italy, all in one line."),
+        ({"contents": '""Weird Al" Yankovic"\nA singer.'}, '"Weird Al" Yankovic', "A singer."),
+        ({"contents": '"Weird Al" Yankovic\nA singer.'}, '"Weird Al" Yankovic', "A singer."),
+    ],
+)
+def test_nothing_of_a_row_with_contents_is_lost(tmp_path: Path, row: dict, title: str, text: str):
+    path = write(tmp_path / "a.jsonl", json.dumps({"id": 1} | row))
+    assert list(Corpus([path])) == [Passage("1", title, text)]
+
+
+@pytest.mark.parametrize(("path", "missing"), [("a.parquet", "pyarrow"), ("owner/name", "datasets")])
+def test_what_reads_a_corpus_is_asked_for_where_it_is_missing(path: str, missing: str, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConfigError, match=r"pip install 'otcrl\[data\]'"):
+        list(Corpus([path]))
 
 
 def test_gzip_is_read(tmp_path: Path):

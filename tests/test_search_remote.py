@@ -61,12 +61,14 @@ class Fake:
         search: Search = echo,
         *,
         index: str = "one",
+        kind: str = "flat",
         faults: Iterable[str] = (),
         health: Iterable[int] = (),  # its first answers
         token: str = "",
         seconds: float = 0.0,
     ) -> None:
         self.search, self.index, self.token, self.seconds = search, index, token, seconds
+        self.kind = kind
         self.faults, self.health = iter(faults), iter(health)
         self.asked: list[dict[str, Any]] = []
 
@@ -81,7 +83,8 @@ class Fake:
 
     async def tell_health(self, request: Request) -> Response:
         status = next(self.health, 200)
-        return JSONResponse({"status": "ok", "index": self.index} if status == 200 else {"detail": "loading"}, status)
+        about = {"status": "ok", "index": self.index, "kind": self.kind}
+        return JSONResponse(about if status == 200 else {"detail": "loading"}, status)
 
     async def serve(self, request: Request) -> Response:
         body = await request.json()
@@ -451,6 +454,15 @@ def test_shards_of_the_same_index_are_refused():
     with (
         servers(Fake(index="a"), Fake(index="a")) as urls,
         pytest.raises(DataError, match="shards 1 and 2 serve the same index, 'a'"),
+    ):
+        ask(tool((), shards=[[url] for url in urls]), "q")
+
+
+def test_shards_whose_scores_do_not_compare_are_refused():
+    """Those of a hybrid index are places: the best of each shard would be as good as the others'."""
+    with (
+        servers(Fake(index="a"), Fake(index="b", kind="hybrid")) as urls,
+        pytest.raises(DataError, match="shard 2 is hybrid, whose scores are places within it"),
     ):
         ask(tool((), shards=[[url] for url in urls]), "q")
 

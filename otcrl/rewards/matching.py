@@ -34,19 +34,28 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(answer: str, answers: Iterable[str]) -> float:
-    """1.0 if the answer, normalised, is one of the gold answers, else 0.0."""
-    normalized = normalize_answer(answer)
-    return float(any(normalized == normalize_answer(gold) for gold in answers))
+    """1.0 if the answer, normalised, is one of the gold answers, else 0.0.
+
+    A gold answer of which nothing is left ("A", "The The") is compared as it is: any empty answer would be right.
+    """
+    found = compared(answer)
+    return float(any(found == compared(gold) for gold in answers))
+
+
+def compared(text: str) -> str:
+    """What is left of it: without articles and punctuation, or with articles, or as it is."""
+    lower = text.lower()
+    return normalize_answer(text) or " ".join(lower.translate(_PUNCTUATION).split()) or lower.strip()
 
 
 def f1(answer: str, answers: Iterable[str]) -> float:
     """The best overlap with a gold answer: 2 * common / (words of both), over normalised words, as in SQuAD."""
-    words = normalize_answer(answer).split()
-    return max((_word_f1(words, normalize_answer(gold).split()) for gold in answers), default=0.0)
+    words = compared(answer).split()
+    return max((_word_f1(words, compared(gold).split()) for gold in answers), default=0.0)
 
 
 def _word_f1(words: list[str], gold: list[str]) -> float:
-    if not words or not gold:  # nothing left after normalisation matches only nothing
+    if not words or not gold:
         return float(words == gold)
     common = (Counter(words) & Counter(gold)).total()
     return 2 * common / (len(words) + len(gold))

@@ -70,6 +70,8 @@ def record_of(row: Row, question: object, answers: tuple[str, ...], *dropped: st
     if not isinstance(question, str) or not question.strip():
         raise Wrong("question", "a text", question)
     key = next((row[name] for name in KEYS if row.get(name) is not None), None)
+    if not (key is None or isinstance(key, str | int | float)):
+        raise Wrong("id", "a text or a number", key)
     kept = {name: value for name, value in row.items() if name not in {*NOT_META, *dropped}}
     return Record(question, answers, key, meta=kept)
 

@@ -190,11 +190,12 @@ class QuestionAnswering:
         ids = problem.meta["gold_ids"]
         if not isinstance(ids, Sequence) or isinstance(ids, str):
             raise DataError(f"{problem.id}: gold_ids must be a list of passage ids, got {ids!r}")
-        for key in ids:
+        keys = [str(key) for key in ids]  # a corpus may number its passages
+        for key in keys:
             if key not in self.passages:
-                near = nearest(str(key), self.passages) if len(self.passages) < 1000 else ""
+                near = nearest(key, self.passages) if len(self.passages) < 1000 else ""
                 raise DataError(f"{problem.id}: gold passage {key!r} is not in task.corpus {list(self.corpus)}.{near}")
-        return [self.passages[key] for key in ids]
+        return [self.passages[key] for key in keys]
 
     def _result(self, gold: Passage, rng: random.Random) -> str:
         """What a search engine would have shown: the gold passage among random others, in random order."""

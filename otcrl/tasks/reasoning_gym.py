@@ -10,7 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import secrets
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from reasoning_gym.dataset import ProceduralDataset
 
 MAX_ANSWER_CHARS = 10_000  # longer is no answer
+QUESTIONS = Path(__file__).with_name("reasoning_gym_questions.py").read_text()  # as a file it would import this one
 SCORE = Path(__file__).with_name("reasoning_gym_verifier.py").read_text()
 
 
@@ -67,14 +72,14 @@ class ReasoningGym:
 
     def correct(self, answer: str, problem: Problem) -> float:
         """The verifier's score, 0.0 to 1.0; in between where it gives partial credit."""
-        dataset, index = self._made[problem.source], int(str(problem.meta["index"]))
-        if answer == problem.answers[0]:
+        if answer in problem.answers:
             return 1.0
         if len(answer) > MAX_ANSWER_CHARS or not answer.strip():
             return 0.0
-        return bounded(
-            dataset.score_answer(answer, dataset[index]) if is_plain(dataset) else self._sandboxed(problem, answer)
-        )
+        dataset = self._made[problem.source]
+        if problem.answers and is_plain(dataset):
+            return bounded(dataset.score_answer(answer, {"answer": problem.answers[0]}))
+        return bounded(self._sandboxed(problem, answer))
 
     def demonstrations(self, step: int, count: int, dialect: Dialect) -> list[Demo]:
         raise ConfigError("reasoning_gym's questions come without anything to demonstrate: set sft.steps=0")
@@ -117,17 +122,31 @@ class ReasoningGym:
         return [problem for key, problem in asked.items() if key not in practised]
 
     def _problems(self, name: str, split: str, start: int, end: int) -> list[Problem]:
-        entries = ((index, self._made[name][index]) for index in range(start, end))
         return [
             Problem(
                 id=f"{name}/{split}/{index}",
-                question=entry["question"],
-                answers=(str(entry["answer"]),),
+                question=question,
+                answers=() if answer is None else (answer,),  # many are right, and only the verifier knows them
                 source=name,
                 meta={"index": index},
             )
-            for index, entry in entries
+            for index, (question, answer) in enumerate(self._questions[name][start:end], start)
         ]
+
+    @cached_property
+    def _questions(self) -> Mapping[str, Sequence[tuple[str, str | None]]]:
+        """Of each data set, in its order: the question and the answer that it knows, if any."""
+        asked = json.dumps({name: self._settings(name) for name in self.datasets})
+        with tempfile.TemporaryDirectory(prefix="otcrl-") as folder:
+            file = Path(folder) / "questions.json"
+            made = subprocess.run(
+                [sys.executable, "-c", QUESTIONS, str(file)], input=asked, capture_output=True, text=True, check=False,
+                env=os.environ | {"PYTHONHASHSEED": "0"},
+            )  # fmt: skip
+            if made.returncode:
+                last = (made.stderr.strip().splitlines() or ["it said nothing"])[-1]
+                raise ConfigError(f"reasoning_gym could not make the questions: {last}")
+            return json.loads(file.read_text(encoding="utf-8"))
 
     # -- verifiers that run what the policy wrote -----------------------------------------------------------
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from otcrl.errors import ConfigError, DataError, nearest
+from otcrl.errors import ConfigError, DataError, NoProblems, nearest
 from otcrl.jsonlines import read_json_lines
 from otcrl.tasks.fields import Record, Row, Wrong
 from otcrl.tasks.readers import choose, fitting
@@ -39,7 +39,7 @@ def read_rows(source: str, required: Iterable[str] = ()) -> Iterator[dict[str, o
     for number, row in enumerate(_raw_rows(source), start=1):
         yield _with_columns(row, required, f"{source}, row {number}")
     if row is None:
-        raise DataError(f"{source} holds no rows.")
+        raise NoProblems(f"{source} holds no rows.")
 
 
 def read_problems(
@@ -57,7 +57,7 @@ def read_problems(
     named = ((at, where, row, replace(record, source=given or record.source)) for at, where, row, record in read)
     problems = [to_problem(record, row, name, split, position, where) for position, where, row, record in named]
     if not problems:
-        raise DataError(f"{source} holds no problem.")
+        raise NoProblems(f"{source} holds no problem.")
     check_unique(problems, source)
     return problems if limit is None else _subset(problems, limit, f"{seed}/{name}/{split}")
 
@@ -71,32 +71,34 @@ def records(
     """
     chosen, bad, num_rows, repeated = None, list[str](), 0, 0
     seen: set[tuple[object, ...]] = set()
-    for position, row in enumerate(rows):
-        where, num_rows = f"{source}, row {position + 1}", position + 1
-        try:
-            chosen = chosen or choose(reader, row)
-            record = chosen.read(row)
-        except (Wrong, KeyError, DataError) as error:
-            why = f"there is no column {error}" if isinstance(error, KeyError) else str(error)
-            if chosen is not None and (others := fitting(row)):
-                why += f". Reader {others[0]!r} would fit"
-            if not skip_bad_rows:
-                hint = "" if chosen is None else " (skip_bad_rows=true goes on without such rows)"
-                raise DataError(f"{where}: {why}{hint}") from error
-            bad.append(f"{where}: {why}")
-            continue
-        same = (record.source, record.key, record.question, record.answers)
-        if chosen.repeats and record.key is not None and same in seen:
-            repeated += 1
-            continue
-        seen |= {same} if chosen.repeats else set()
-        yield position, where, row, record
+    try:
+        for position, row in enumerate(rows):
+            where, num_rows = f"{source}, row {position + 1}", position + 1
+            try:
+                chosen = chosen or choose(reader, row)
+                record = chosen.read(row)
+            except (Wrong, KeyError, DataError) as error:
+                why = f"there is no column {error}" if isinstance(error, KeyError) else str(error)
+                if chosen is not None and (others := fitting(row)):
+                    why += f". Reader {others[0]!r} would fit"
+                if not skip_bad_rows:
+                    hint = "" if chosen is None else " (skip_bad_rows=true goes on without such rows)"
+                    raise DataError(f"{where}: {why}{hint}") from error
+                bad.append(f"{where}: {why}")
+                continue
+            same = (record.source, record.key, record.question, record.answers)
+            if chosen.repeats and record.key is not None and same in seen:
+                repeated += 1
+                continue
+            seen |= {same} if chosen.repeats else set()
+            yield position, where, row, record
+    finally:  # also when whoever asked has enough
+        if bad and chosen is not None:
+            log.warning("%s: %d of %d rows left out, the first: %s", source, len(bad), num_rows, bad[0])
+        if repeated:
+            log.info("%s: %d of %d rows repeat an earlier one", source, repeated, num_rows)
     if bad and chosen is None:
-        raise DataError(bad[0])
-    if bad:
-        log.warning("%s: %d of %d rows left out, the first: %s", source, len(bad), num_rows, bad[0])
-    if repeated:
-        log.info("%s: %d of %d rows repeat an earlier one", source, repeated, num_rows)
+        raise NoProblems(bad[0])
 
 
 def _subset(problems: list[Problem], limit: int, seed: str) -> list[Problem]:
@@ -221,7 +223,7 @@ def _json_list(path: Path) -> Iterator[object]:
         raise DataError(f"{path}: expected a JSON list of objects, but {error}") from error
     rows = rows.get("Data", rows) if isinstance(rows, dict) else rows
     if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a JSON list of objects, got {type(rows).__name__}")
+        raise NoProblems(f"{path}: expected a JSON list of objects, got {type(rows).__name__}")
     return iter(rows)
 
 
@@ -230,9 +232,9 @@ def _with_possible_answers(rows: Iterator[object], path: Path) -> Iterator[objec
     beside = path.parent / "possible_answer" / path.name
     if not beside.is_file():
         return rows
-    right = {row.get("id"): row.get("ground_truth") for row in _json_list(beside) if isinstance(row, dict)}
+    right = {str(row.get("id")): row.get("ground_truth") for row in _json_list(beside) if isinstance(row, dict)}
     return (
-        {**row, "ground_truth": right[row["id"]]} if isinstance(row, dict) and row.get("id") in right else row
+        {**row, "ground_truth": right[str(row["id"])]} if isinstance(row, dict) and str(row.get("id")) in right else row
         for row in rows
     )
 

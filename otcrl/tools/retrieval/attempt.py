@@ -32,8 +32,11 @@ def refuse_existing(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def unfinished(directory: Path) -> Iterator[Path]:
-    """Where to work; it becomes `directory` if it then has a manifest, and stays for the next attempt if not."""
+def unfinished(directory: Path, *, encodes: bool) -> Iterator[Path]:
+    """Where to work; it becomes `directory` if it then has a manifest, and stays for the next attempt if not.
+
+    Raises DataError where vectors of an earlier attempt lie there and this one `encodes` nothing.
+    """
     refuse_existing(directory)
     work = building(directory)
     try:
@@ -45,6 +48,10 @@ def unfinished(directory: Path) -> Iterator[Path]:
                 with contextlib.suppress(OSError):
                     work.rmdir()  # as it was made above, empty; one that holds vectors stays
                 refuse_existing(directory)
+            if not encodes and (work / VECTORS).exists():
+                raise DataError(
+                    f"{work} holds the vectors of an unfinished build: finish it with the same settings, or delete it"
+                )
             clear_but_encoding(work)
             yield work
             if (work / "manifest.json").exists():
@@ -84,7 +91,9 @@ def mark_encoding(work: Path, encoder: Encoder | None, sha256: str) -> None:
     mark, path = {"encoder": encoder.name, "corpus_sha256": sha256}, work / ENCODING
     if not path.exists():
         (work / VECTORS).unlink(missing_ok=True)
-        path.write_text(json.dumps(mark))
+        half = path.with_suffix(".half")
+        half.write_text(json.dumps(mark))
+        half.rename(path)  # a disk that is full leaves no half of it
     elif (found := json.loads(path.read_text())) != mark:
         other = next(key for key in mark if found.get(key) != mark[key])
         raise DataError(

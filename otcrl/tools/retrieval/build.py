@@ -94,19 +94,21 @@ def build_index(
         raise ConfigError(f"encoder is missing: kind={recipe.kind} compares vectors")
     if encoder is not None:
         _ = encoder.dimension  # a model that cannot be loaded says so now
-    with unfinished(Path(directory)) as work:
+    with unfinished(Path(directory), encodes=recipe.dense is not None) as work:
         rows, sha256 = write_passages(passages, work)
         refuse_empty(rows)
+        if recipe.dense is not None:
+            dense.refuse_few(recipe.dense, rows)
         write_manifest(work, fill(work, recipe, encoder, rows, sha256))
     return open_index(directory, encoder)
 
 
 def fill(work: Path, recipe: Recipe, encoder: Encoder | None, rows: int, sha256: str) -> Manifest:
     """Write the searchable files into `work`, where the passages are; the manifest, but for its `files`."""
-    import faiss
-
     passages, parameters = PassageFile(work), {}
     if recipe.dense is not None:
+        import faiss
+
         assert encoder is not None
         vectors_ND = encoded(passages, encoder, work, sha256)
         index = dense.build(recipe.dense, vectors_ND, recipe.threads)
@@ -174,7 +176,7 @@ def derive(base: str | Path, directory: str | Path, recipe: Recipe) -> Index:
     assert manifest is not None
     if recipe.dense is not None and (manifest.kind != "flat" or manifest.parameters["storage"] != "float32"):
         raise DataError(f"base={base} is {manifest.kind}: exact vectors are only in kind=flat storage=float32")
-    with unfinished(Path(directory)) as work:
+    with unfinished(Path(directory), encodes=recipe.dense is not None) as work:
         if recipe.dense is not None:
             mark_encoding(work, source.encoder, manifest.corpus_sha256)
             with open(work / VECTORS, "wb") as file:
@@ -189,18 +191,19 @@ def adopt(vectors: str | Path, corpus: Iterable[Passage], encoder: Encoder, dire
 
     Raises DataError where the three do not fit together; the vectors of some passages are compared.
     """
-    import faiss
-
+    faiss = dense.library()
     try:
         index: Any = faiss.read_index(str(vectors), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
         raise DataError(f"{vectors} is no faiss index: {str(error)[:200]}") from error
+    if type(faiss.downcast_index(index)).__name__.startswith("IndexIDMap"):
+        raise DataError(f"{vectors} has numbers of its own for its vectors: expected them in the order of the corpus")
     if index.d != encoder.dimension:
         raise DataError(f"{vectors} has vectors of {index.d} numbers, {encoder.name} makes {encoder.dimension}")
     metric = {faiss.METRIC_INNER_PRODUCT: "ip", faiss.METRIC_L2: "l2"}.get(index.metric_type)
     if metric is None:
         raise DataError(f"{vectors} compares by faiss's metric {index.metric_type}, expected inner product or L2")
-    with unfinished(Path(directory)) as work:
+    with unfinished(Path(directory), encodes=False) as work:
         rows, sha256 = write_passages(corpus, work)
         if rows != index.ntotal:
             raise DataError(f"{vectors} has {index.ntotal} vectors, the corpus {rows} passages")

@@ -94,6 +94,12 @@ class RemoteIndex:
         for number, name in enumerate(names):
             if name != UNNAMED and name in names[:number]:
                 raise DataError(f"shards {names.index(name) + 1} and {number + 1} serve the same index, {name!r}")
+        for number, shard in enumerate(self._shards, start=1):
+            if shard.kind == "hybrid" and len(self._shards) > 1:
+                raise DataError(
+                    f"shard {number} is hybrid, whose scores are places within it and do not compare with another "
+                    "shard's: build shards of one kind, flat, ivf, ivfpq, hnsw or bm25"
+                )
         self._is_checked = True
 
     async def _limited(self, work: Coroutine[Any, Any, T], shard: Shard, deadline: float) -> T:
@@ -115,6 +121,7 @@ class Shard:
     def __init__(self, servers: Servers, protocol: str) -> None:
         self.servers, self._protocol = servers, protocol
         self.identity = UNNAMED if protocol == "search_r1" else None
+        self.kind = ""  # of its index; "" while nobody has told
         self._named_by = ""  # url
 
     async def start(self, deadline: float) -> None:
@@ -122,8 +129,9 @@ class Shard:
             await self.search([TRIAL], 1, deadline)
         while self.identity is None:
             urls = self.servers.urls
-            names = await together([self._health(url, deadline) for url in urls])
-            told = [(name, url) for name, url in zip(names, urls, strict=True) if name is not None]
+            served = await together([self._health(url, deadline) for url in urls])
+            told = [(found[0], url) for found, url in zip(served, urls, strict=True) if found is not None]
+            self.kind = next((found[1] for found in served if found is not None), self.kind)
             if self.identity is not None:  # learned meanwhile, by another call
                 told.insert(0, (self.identity, self._named_by))
             for name, url in told:
@@ -151,8 +159,8 @@ class Shard:
             with contextlib.suppress(NotServed):
                 return await self._ask(url, "POST", PATHS[self._protocol], body, read, deadline)
 
-    async def _health(self, url: str, deadline: float) -> str | None:
-        """What is served there; None if nobody says."""
+    async def _health(self, url: str, deadline: float) -> tuple[str, str] | None:
+        """What is served there, and of what kind it is; None if nobody says."""
         try:
             seconds = min(HEALTH_S, self.servers.timeout_s)
             return await self._ask(url, "GET", "/health", None, index_of, deadline, timeout_s=seconds)
@@ -210,10 +218,10 @@ class Shard:
         return [[hit(row) for row in rows] for rows in rows_of_queries]
 
 
-def index_of(health: object) -> str:
+def index_of(health: object) -> tuple[str, str]:
     match health:
-        case {"index": str(name)}:
-            return name
+        case {"index": str(name), **rest}:
+            return name, str(rest.get("kind", ""))
     raise ValueError(f"it names no index, as `otcrl serve retrieval` would: {str(health)[:100]}")
 
 

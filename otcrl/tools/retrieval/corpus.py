@@ -1,18 +1,18 @@
 """Passages, and the files they come in.
 
 Two kinds of row are read: `{id, title, text}`, and Search-R1's `{id, contents}` where contents is
-`"Title"`, a line break and the text.
+`"Title"`, a line break and the text. `{id, title, contents}` is the first kind by another name.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from otcrl.errors import DataError
+from otcrl.errors import ConfigError, DataError
 from otcrl.jsonlines import read_json_lines
 
 if TYPE_CHECKING:
@@ -75,9 +75,12 @@ def is_hub_name(path: str) -> bool:
 
 
 def table_rows(path: str) -> Iterator[tuple[str, object]]:
-    import pyarrow
-    import pyarrow.dataset
-    import pyarrow.ipc
+    try:
+        import pyarrow
+        import pyarrow.dataset
+        import pyarrow.ipc
+    except ImportError as error:
+        raise ConfigError(f"{path} needs pyarrow: pip install 'otcrl[data]'") from error
 
     number = 0
     try:
@@ -87,7 +90,7 @@ def table_rows(path: str) -> Iterator[tuple[str, object]]:
                 yield f"{path}, row {number}", row
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is no whole {Path(path).suffix[1:]} file, read up to row {number}: {error}") from error
 
 
@@ -111,8 +114,11 @@ def arrow_batches(path: str) -> Iterator[pyarrow.RecordBatch]:
 
 def hub_rows(name: str) -> Iterator[tuple[str, object]]:
     """The `train` split, streamed."""
-    import datasets
-    from datasets.exceptions import DatasetsError
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise ConfigError(f"{name} is no file, and a hub data set needs: pip install 'otcrl[data]'") from error
 
     try:
         rows = datasets.load_dataset(name, split="train", streaming=True)
@@ -122,13 +128,25 @@ def hub_rows(name: str) -> Iterator[tuple[str, object]]:
         yield f"{name}, row {number}", row
 
 
+def named(row: Mapping[str, object]) -> dict[str, object]:
+    """Title and text of a row that has `contents`; a single line is a text without a title."""
+    contents = str(row["contents"])
+    if isinstance(row.get("title"), str):
+        return {"title": row["title"], "text": contents}
+    title, line_break, text = contents.partition("\n")
+    if not line_break:
+        return {"title": "", "text": contents}
+    title = title.strip()
+    is_quoted = len(title) > 1 and title[0] == title[-1] == '"'
+    return {"title": title[1:-1] if is_quoted else title, "text": text}
+
+
 def parse_passage(row: object, where: str) -> Passage:
     """One row. Raises DataError; `where` names the line in it."""
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object {EXPECTED}, got {str(row)[:60]}")
     if isinstance(row.get("contents"), str) and "text" not in row:
-        title, _, text = row["contents"].partition("\n")
-        row = {**row, "title": title.strip().strip('"'), "text": text}
+        row = {**row, **named(row)}
     if not isinstance(row.get("id"), str | int):
         raise DataError(f"{where}: expected {EXPECTED}, but `id` is missing; the row has {sorted(row)}")
     for column in ("title", "text"):

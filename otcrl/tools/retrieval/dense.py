@@ -55,6 +55,8 @@ class Dense:
         for field in ("lists", "code_bytes", "links", "build_depth", "effort"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ConfigError(f"{field} must be 1 or more, got {value}")
+        if self.links < 2:  # faiss crashes
+            raise ConfigError(f"links must be 2 or more, got {self.links}")
         if not 0 < self.target_recall <= 1:
             raise ConfigError(f"target_recall must be above 0 and at most 1, got {self.target_recall}")
         if self.kind == "ivfpq" and self.storage != "float32":
@@ -91,11 +93,9 @@ def build(settings: Dense, vectors_ND: NDArray[np.float32], threads: int | None 
     `vectors_ND` may be mapped from a file. A graph depends on the order in which threads add to it, hence hnsw takes
     one thread unless `threads` says otherwise. Raises DataError where there are too few vectors to train with.
     """
-    import faiss
-
+    faiss = library()
     rows, dimension = vectors_ND.shape
-    if settings.kind == "ivfpq" and rows < CODES:
-        raise DataError(f"kind=ivfpq learns its codes from {CODES} passages or more, the corpus has {rows}: use flat")
+    refuse_few(settings, rows)
     metric = faiss.METRIC_INNER_PRODUCT if settings.metric == "ip" else faiss.METRIC_L2
     index: Any = faiss.index_factory(dimension, settings.factory(rows, dimension), metric)
     faiss.omp_set_num_threads(threads or (1 if settings.kind == "hnsw" else cores()))
@@ -112,6 +112,23 @@ def build(settings: Dense, vectors_ND: NDArray[np.float32], threads: int | None 
     for start, stop in chunks(rows, size=ADD_AT_A_TIME):
         index.add(np.ascontiguousarray(vectors_ND[start:stop]))
     return faiss.index_gpu_to_cpu(index) if on_gpu else index
+
+
+def library():
+    """Raises ConfigError where there is no faiss."""
+    try:
+        import faiss
+    except ModuleNotFoundError as error:
+        raise ConfigError("vectors are searched with faiss: pip install 'otcrl[cpu]', or 'otcrl[gpu]'") from error
+    return faiss
+
+
+def refuse_few(settings: Dense, rows: int) -> None:
+    """Raises DataError where there are too few vectors to train with, which is known before any is computed."""
+    if settings.kind == "ivfpq" and rows < CODES:
+        raise DataError(f"kind=ivfpq learns its codes from {CODES} passages or more, the corpus has {rows}: use flat")
+    if settings.kind.startswith("ivf") and settings.lists_for(rows) > rows:
+        raise DataError(f"lists={settings.lists} is more than the {rows} passages of the corpus: leave it out")
 
 
 def cores() -> int:
@@ -153,7 +170,8 @@ def exact(vectors_ND: NDArray[np.float32], queries_QD: NDArray[np.float32], metr
 def overlap(found_QK: NDArray[np.int64], true_QK: NDArray[np.int64]) -> float:
     """The share of the true neighbours that were found: recall@K."""
     pairs = zip(found_QK, true_QK, strict=True)
-    return float(np.mean([len(set(found) & set(true)) / max(1, np.sum(true >= 0)) for found, true in pairs]))
+    shares = [len((set(found) & set(true)) - {-1}) / max(1, np.sum(true >= 0)) for found, true in pairs]  # -1: none
+    return float(np.mean(shares))
 
 
 def tune(

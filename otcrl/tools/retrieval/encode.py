@@ -73,6 +73,10 @@ class HashingEncoder:
 
     dimension: int = 4096
 
+    def __post_init__(self) -> None:
+        if self.dimension < 1:
+            raise ConfigError(f"dimension must be 1 or more, got {self.dimension}")
+
     @property
     def name(self) -> str:
         return f"hashing-{self.dimension}"

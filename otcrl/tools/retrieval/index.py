@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from otcrl.errors import DataError
 from otcrl.tools.retrieval.corpus import Passage
-from otcrl.tools.retrieval.dense import cores
+from otcrl.tools.retrieval.dense import cores, library
 from otcrl.tools.retrieval.encode import TYPES, Encoder, encoder_from
 from otcrl.tools.retrieval.lexical import FOLDER, open_bm25, search_bm25
 from otcrl.tools.retrieval.store import PassageFile, Passages
@@ -176,8 +176,6 @@ def open_index(
     `encoder` None: the one that the manifest describes. Raises DataError where it does not fit `encoder`, itself, or
     into memory, and where it is replaced meanwhile.
     """
-    import faiss
-
     directory = Path(directory)
     content = manifest_bytes(directory)
     manifest = parsed_manifest(directory, content)
@@ -188,6 +186,7 @@ def open_index(
     refuse_sizes(directory, manifest)
     refuse_too_large(directory, manifest, mmap)
     vectors = lexical = None
+    faiss: Any = library() if "index.faiss" in manifest.files else None
     try:
         passages = PassageFile(directory)
         if "index.faiss" in manifest.files:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from otcrl.errors import ConfigError
+from otcrl.errors import ConfigError, DataError
 from otcrl.tools.retrieval.store import Passages
 
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ def build_bm25(passages: Passages, k1: float, b: float) -> bm25s.BM25:
     bm25 = library()
     texts = [passages[row].contents for row in range(len(passages))]
     model = bm25.BM25(k1=k1, b=b)
-    model.index(bm25.tokenize(texts, stopwords="en", show_progress=False), show_progress=False)
+    words = bm25.tokenize(texts, stopwords="en", show_progress=False)
+    if not words.vocab:
+        raise DataError("kind=bm25: no passage has a word of two letters or more that is no stop word")
+    model.index(words, show_progress=False)
     return model
 
 
