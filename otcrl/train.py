@@ -265,7 +265,7 @@ def rollout_metrics(groups: Sequence[Group]) -> Metrics:
     metrics["rollout/tokens"] = fmean(len(t.token_ids) for t in trajectories)
     metrics["rollout/sampled_tokens"] = fmean(sum(t.action_mask) for t in trajectories)
     metrics["perf/tool_s"] = fmean(sum(c.seconds for c in t.tool_calls) for t in trajectories)
-    metrics["rollout/turns"] = fmean(1 + len(t.tool_calls) for t in trajectories)
+    metrics["rollout/turns"] = fmean(len(t.turns) for t in trajectories)
     metrics["rollout/void_share"] = fmean(t.stop is Stop.VOID for t in everything)
     metrics["rollout/empty_share"] = fmean(not any(t.action_mask) for t in everything)
     metrics |= {f"stop/{stop}": fmean(t.stop is stop for t in trajectories) for stop in Stop if stop is not Stop.VOID}

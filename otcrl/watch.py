@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from otcrl.errors import ConfigError
-from otcrl.evaluate.report import FILE, Report
+from otcrl.evaluate.report import Report
 from otcrl.loggers.panel import WIDTH, averages, clock, curves, left_s, recent
 from otcrl.report.build import about
-from otcrl.report.files import Row, by_age, check_run, read_config, read_metrics
+from otcrl.report.files import Row, check_run, evaluations, read_config, read_metrics
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -59,7 +59,7 @@ def read_progress(folder: Path) -> Progress:
         sft_steps=(config.get("sft") or {}).get("steps") or 0,
         sft=read_metrics(folder / "sft.jsonl"),
         rows=[row for row in read_metrics(folder / "metrics.jsonl") if "time/step_s" in row],
-        evaluations={path.parent.name: Report.load(path.parent) for path in by_age(folder.glob(f"eval/*/{FILE}"))},
+        evaluations={name: Report.load(path) for name, path in evaluations(folder).items()},
         is_finished=(folder / "summary.json").is_file(),
         changed=max(stamps, default=0.0),
     )
@@ -112,7 +112,7 @@ def view(progress: Progress, now: float) -> Group:
     if progress.rows:
         parts += ["", curves(progress.rows), "", averages(progress.rows)]
     if progress.evaluations:
-        parts += ["", evaluations(progress.evaluations)]
+        parts += ["", figures(progress.evaluations)]
     return Group(*parts)
 
 
@@ -148,7 +148,7 @@ def state(progress: Progress, now: float) -> str:
     return "; ".join(said) or "the cold start"
 
 
-def evaluations(reports: dict[str, Report]) -> Table:
+def figures(reports: dict[str, Report]) -> Table:
     from rich import box
     from rich.table import Table
 

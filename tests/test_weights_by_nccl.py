@@ -522,6 +522,26 @@ def test_a_parameter_that_arrived_in_a_broadcast_that_failed_may_stay_in_the_nex
         asyncio.run(second_is_lost([stack.enter_context(served(server.app())) for server in servers]))
 
 
+def test_a_parameter_that_arrived_with_the_only_server_may_stay_when_all_is_sent_anew():
+    server, group = Receiving(), Group()
+
+    async def its_answer_is_lost(url: str) -> None:
+        fleet = Fleet([url])
+        weights = WeightsByNCCL(fleet, MODEL, None, 30, group.open)
+        weights.prepare(MODEL.named_parameters(), 0)
+        assert await weights.bring(fleet.servers) == fleet.servers
+        server.lost_at = "update_weights"
+        weights.prepare([(name, p.detach() + 1) for name, p in MODEL.named_parameters()], 1)
+        assert await weights.bring(fleet.servers) == []
+        server.lost_at, server.updating, server.unchanged = "", False, ("model.norm.weight",)
+        fleet.servers[0].is_up = True
+        assert await weights.bring(fleet.servers) == fleet.servers
+        await fleet.close()
+
+    with served(server.app()) as url:
+        asyncio.run(its_answer_is_lost(url))
+
+
 def test_a_split_model_is_not_gathered_again_by_one_rank_alone():
     split, group = copy.deepcopy(MODEL), Group()
     for parameter in split.parameters():

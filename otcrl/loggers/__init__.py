@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,5 +28,6 @@ class Loggers:
                 logger.read(transcripts, step)
 
     def close(self) -> None:
-        for logger in self.loggers:
-            logger.close()
+        with ExitStack() as closing:  # one that cannot keeps none of the others from it
+            for logger in reversed(self.loggers):
+                closing.callback(logger.close)

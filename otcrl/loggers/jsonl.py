@@ -83,5 +83,6 @@ def drop_from(path: Path, step: int | None) -> None:
 
 
 def whole_lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        yield from (line for line in file if line.endswith("\n"))
+    """What is not UTF-8 shows as such; half a line may end within a character."""
+    with path.open("rb") as file:
+        yield from (line.decode(errors="replace") for line in file if line.endswith(b"\n"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import time
+from hashlib import blake2b
 
 from otcrl.errors import ConfigError
 from otcrl.tell import tell
@@ -26,6 +27,7 @@ class PrometheusLogger:
             raise ConfigError(why) from error
         self._registry, self._gauge, self._run = CollectorRegistry(), Gauge, name
         self._gauges: dict[str, Gauge] = {}
+        self._names = {name: name for name in ("otcrl_steps", "otcrl_step", "otcrl_step_timestamp_seconds")}
         try:
             self._server, self._thread = start_http_server(port, addr=host, registry=self._registry)
         except OSError as error:
@@ -38,7 +40,7 @@ class PrometheusLogger:
 
     def log(self, metrics: Metrics, step: int) -> None:
         for metric, value in metrics.items():
-            self._set(exposed(metric), f"{metric}: docs/metrics.md", value)
+            self._set(self._exposed(metric), f"{metric}: docs/metrics.md", value)
         self._set("otcrl_step", "the last step that was logged", step)
         self._set("otcrl_step_timestamp_seconds", "when it was, in seconds since the epoch", time.time())
 
@@ -46,6 +48,13 @@ class PrometheusLogger:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+    def _exposed(self, metric: str) -> str:
+        """A name that no other metric has: names that differ in what Prometheus does not know get a digest."""
+        name = exposed(metric)
+        if self._names.setdefault(name, metric) == metric:
+            return name
+        return f"{name}_{blake2b(metric.encode(), digest_size=4).hexdigest()}"
 
     def _set(self, exposed: str, said: str, value: float) -> None:
         if exposed not in self._gauges:

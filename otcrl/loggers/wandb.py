@@ -56,18 +56,24 @@ class WandbLogger:
             raise ConfigError("wandb is not installed: pip install 'otcrl[wandb]', or choose logger=console") from error
         folder.mkdir(parents=True, exist_ok=True)
         self._most, self._folder = trajectories, folder
-        self.run = self._wandb.init(
-            project=project,
-            entity=entity,
-            mode=mode,
-            name=name,
-            id=run_id(folder),
-            resume="allow",
-            dir=str(folder),
-            config=dict(config),
-            # of the machine and the command line, which a secret may be in
-            settings=self._wandb.Settings(x_disable_meta=told(sys.argv)),
-        )
+        try:
+            self.run = self._wandb.init(
+                project=project,
+                entity=entity,
+                mode=mode,
+                name=name,
+                id=run_id(folder),
+                resume="allow",
+                dir=str(folder),
+                config=dict(config),
+                # of the machine and the command line, which a secret may be in
+                settings=self._wandb.Settings(x_disable_meta=told(sys.argv)),
+            )
+        except self._wandb.errors.Error as error:  # no login, or no network
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigError(
+                f"wandb cannot begin a run: {why}. `wandb login` or WANDB_API_KEY, or logger.wandb.mode=offline"
+            ) from error
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 

@@ -62,18 +62,30 @@ def read_run(folder: Path, name: str) -> RunFiles:
     config = read_config(folder)
     counter = (config.get("evaluate") or {}).get("counter", "well_formed")
     attempts = [read_attempt(row, TRAIN, counter) for row in last_writing(read_rows(folder / "transcripts.jsonl"))]
-    evaluated = [path.parent for path in by_age(folder.glob(f"eval/*/{FILE}"))]
-    for path in evaluated:
-        attempts += [read_attempt(row, path.name, counter) for row in read_rows(path / "transcripts.jsonl")]
+    evaluated = evaluations(folder)
+    for split, path in evaluated.items():
+        attempts += [read_attempt(row, split, counter) for row in read_rows(path / "transcripts.jsonl")]
     return RunFiles(
         name=name,
         path=folder,
         config=config,
         rows=read_metrics(folder / "metrics.jsonl"),
-        evaluations={path.name: Report.load(path) for path in evaluated},
+        evaluations={split: Report.load(path) for split, path in evaluated.items()},
         attempts=attempts,
-        least=read_least(folder / "checkpoints"),
+        least=read_least(folder / "checkpoints") if keeps_counts(config, counter) else {},
     )
+
+
+def evaluations(folder: Path) -> dict[str, Path]:
+    """Those of a run by name, the oldest first: `before`, `after`, and what `otcrl eval` made of a step, or as=NAME."""
+    root = folder / "eval"
+    return {path.parent.relative_to(root).as_posix(): path.parent for path in by_age(root.glob(f"**/{FILE}"))}
+
+
+def keeps_counts(config: Mapping[str, Any], counter: str) -> bool:
+    """Whether the reward's n are numbers of those calls that are counted here; with prices they are costs."""
+    reward = config.get("reward") or {}
+    return reward.get("counter", counter) == counter and not any((reward.get("price") or {}).values())
 
 
 def by_age(paths: Iterable[Path]) -> list[Path]:

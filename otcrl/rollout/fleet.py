@@ -63,8 +63,11 @@ class Fleet:
 
     # -- trajectories -----------------------------------------------------------------------------------
 
-    def route(self, session: str) -> Server | None:
-        """Where `session` is, or from now on will be: with who has least to do. None: all are out."""
+    def route(self, session: str, turn: int | None = None) -> Server | None:
+        """Where `session` is, or from now on will be: with who has least to do, or whose `turn` it is.
+
+        None: all are out.
+        """
         server = self._homes.get(session)
         if server is not None and server.version is not None:
             return server
@@ -72,7 +75,8 @@ class Fleet:
         free = self.inside
         if not free:
             return None
-        server = min(free, key=lambda s: (len(s.sessions), s.generating, s.chosen))
+        least = min(free, key=lambda s: (len(s.sessions), s.generating, s.chosen))
+        server = least if turn is None else free[turn % len(free)]
         server.chosen = next(self._numbers)
         server.sessions.add(session)
         self._homes[session] = server

@@ -89,4 +89,4 @@ def waited_for(late: Trajectory) -> str:
     last = late.tool_calls[-1] if late.tool_calls else None
     if last is not None and last.outcome is Outcome.INFRA_ERROR:
         return f"waiting for tool {last.tool!r}"
-    return f"generating turn {len(late.tool_calls) + 1}"
+    return f"generating turn {len(late.turns) + 1}"

@@ -53,9 +53,20 @@ async def complete(
         versions += [part.version] * len(part.token_ids)
         if part.end != "abort":
             return Completion(ids[start:], logprobs, versions, part.end == "stop")
-        # a stop string that was half written could not be seen any more
-        keep = start + before_half_stop(ids[start:], stop, tokenizer)
+        keep = start + resumable(ids[start:], stop, tokenizer)
         del ids[keep:], logprobs[keep - start :], versions[keep - start :]
+
+
+def resumable(ids: Sequence[int], stop: Sequence[str], tokenizer: Tokenizer) -> int:
+    """How many of `ids` a new request can begin with.
+
+    A stop string that was half written could not be seen any more. And after half a character vLLM takes the whole
+    prompt for new text, which ends at a stop string that the instructions quote.
+    """
+    keep = before_half_stop(ids, stop, tokenizer)
+    while keep and tokenizer.decode(ids[:keep]).endswith("\ufffd"):
+        keep -= 1
+    return keep if keep == len(ids) else resumable(ids[:keep], stop, tokenizer)
 
 
 def before_half_stop(ids: Sequence[int], stop: Sequence[str], tokenizer: Tokenizer) -> int:

@@ -223,6 +223,7 @@ class VLLMEngine:
                     return
             except EngineDeadError as error:
                 await self._restart(llm, error)
+                message = self._publisher.again() or message  # what was lent to the dead one may have been given back
 
     async def _deliver(self, llm: AsyncLLM, message: Message) -> None:
         """Raises EngineError unless every worker says that it has the weights."""

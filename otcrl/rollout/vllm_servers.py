@@ -131,10 +131,11 @@ class VLLMServers:
         """See `Engine.score`. The servers take turns, so that as many scores as servers prove them all."""
         self._gate.check()
         check_request(token_ids, (), 1, 1.0, self.context)
-        session = f"score {next(self._probes)}"
+        turn = next(self._probes)
+        session = f"score {turn}"
         try:
             while True:
-                answer, _ = await self._ask(to_score(token_ids), session)
+                answer, _ = await self._ask(to_score(token_ids), session, turn)
                 if answer["choices"][0]["finish_reason"] != "abort":
                     return scored(answer, token_ids)
         finally:
@@ -143,10 +144,10 @@ class VLLMServers:
     def release(self, session: str) -> None:
         self._fleet.release(session)
 
-    async def _ask(self, body: dict[str, Any], session: str) -> tuple[dict[str, Any], int]:
+    async def _ask(self, body: dict[str, Any], session: str, turn: int | None = None) -> tuple[dict[str, Any], int]:
         """The answer of the session's server, and its weights; of another when that is lost."""
         while True:
-            server = await self._server(session)
+            server = await self._server(session, turn)
             assert server.version is not None, "only who is in is asked"
             version = server.version
             server.generating += 1
@@ -158,14 +159,14 @@ class VLLMServers:
             finally:
                 server.generating -= 1
 
-    async def _server(self, session: str) -> Server:
+    async def _server(self, session: str, turn: int | None = None) -> Server:
         """The session's, when it may be asked. Raises EngineError when there has been none for too long."""
         if not (self._has_begun or self._gate.broken):
             await self._common.done(lambda: self.load_weights(self.model.named_parameters(), self.version))
         give_up = time.monotonic() + self.patience_s
         while True:
             await self._gate.passed()
-            if (server := self._fleet.route(session)) is not None:
+            if (server := self._fleet.route(session, turn)) is not None:
                 return server
             if time.monotonic() > give_up:
                 self._gate.broken = self._none_left()
@@ -190,8 +191,9 @@ class VLLMServers:
             async with deadline(self.sync_timeout_s, "pausing the servers"):  # before this process is busy
                 await self._fleet.each([server for server in self._fleet.servers if server.is_up], self._stop)
             self._weights.prepare(weights, version)  # in this thread: to gather weights may be a collective
-            give_up = time.monotonic() + self.patience_s
-            while not await self._give([server for server in self._fleet.servers if server.is_up], version):
+            give_up, again = time.monotonic() + self.patience_s, False
+            while not await self._give([s for s in self._fleet.servers if s.is_up], version, again=again):
+                again = self._weights.keeps  # one may have taken them and not said so: then they will not change in it
                 if time.monotonic() > give_up:
                     raise EngineError(self._none_left())
                 await asyncio.sleep(BEAT_S)
@@ -287,6 +289,12 @@ class VLLMServers:
             async with self._gate.exclusive:
                 with self._gate.breaking():
                     await self._give([server], self.version, again=True)
+        elif all(state["version"] == self.version for state in await self._fleet.rpc(server, "otcrl_state")):
+            async with self._gate.exclusive, deadline(self.sync_timeout_s, "taking a server back"):
+                with self._gate.breaking():
+                    stopped = await self._fleet.each([server], self._stop)
+                    for healthy in await self._fleet.each(stopped, self._go_on):  # only its connection had broken
+                        self._fleet.admit(healthy, self.version)
 
     def _beats_ended(self, beats: asyncio.Task[None]) -> None:
         """Whatever ends them ends the run: who is not watched could have other weights."""

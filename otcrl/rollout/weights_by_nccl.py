@@ -103,7 +103,8 @@ class WeightsByNCCL:
                 break
             except ServerLost as error:
                 self._end_group()
-                before, undisturbed = {}, False  # who is left may have some of the weights: they will not change in it
+                # who is left may have some of the weights: they will not change in it, now or when it is asked again
+                before, self._digests, undisturbed = {}, {}, False
                 servers = await self._left(servers, error)
         if undisturbed:
             self._lost = 0

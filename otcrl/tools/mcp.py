@@ -19,9 +19,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from otcrl.errors import ConfigError, ToolUnavailable, nearest
 from otcrl.protocols import ToolResult
+from otcrl.secrets import public
 from otcrl.tools.mcp_mending import mending
 from otcrl.tools.python import shorten
 from otcrl.types import Outcome
@@ -36,6 +38,12 @@ END_S = 10.0  # for a server to end, which the SDK kills after 4
 LAST_WORDS = 300  # characters of what a server wrote to stderr, in an error
 KEPT = 4096  # bytes of it
 PIPE = 65536  # bytes that wait in a pipe, at most
+CONNECT_S, SILENT_S = 30.0, 300.0  # to connect and to write; without a byte of an answer. As the SDK has them
+UNREADABLE = "what the tool returned cannot be read"
+BY_HTTP = (
+    "Session terminated",
+    "Server returned an error response",
+)  # the SDK's words for what a gateway may have said
 MAX_DEPTH = 50  # of arguments; readers of JSON give up a message, and with it the connection, at 64, 128 or 200
 
 
@@ -90,20 +98,29 @@ class MCPServer:
 
     @property
     def name(self) -> str:
-        return f"the MCP server {self.url or ' '.join(self.command)!r}"
+        """For messages, which the policy and whoever reads transcripts see: without what is secret."""
+        if self.url is None:
+            return f"the MCP server {' '.join(public([*self.command]))!r}"
+        parts = urlsplit(self.url)
+        return (
+            f"the MCP server {parts._replace(netloc=parts.netloc.rpartition('@')[2], query='', fragment='').geturl()!r}"
+        )
 
     async def call(self, tool: str, arguments: Mapping[str, Any], repeatable: bool = False) -> ToolResult:
         """Raises ToolUnavailable when the server is down."""
         from mcp import MCPError
         from mcp.types import PARSE_ERROR
+        from pydantic import ValidationError
 
         try:
             result = await self._line.ask(
                 lambda client: client.call_tool(tool, dict(arguments), read_timeout_seconds=self.timeout_s), repeatable
             )
         except MCPError as error:  # the others are the server's
-            why = "what the tool returned cannot be read" if error.code == PARSE_ERROR else error.message
+            why = UNREADABLE if error.code == PARSE_ERROR else error.message
             return ToolResult(f"Error: {why}", Outcome.MODEL_ERROR)
+        except (RuntimeError, ValidationError):  # it does not keep to the schema that it gave, or to the protocol's
+            return ToolResult(f"Error: {UNREADABLE}", Outcome.MODEL_ERROR)
         text = shorten(_text(result), self.max_output_chars)
         return ToolResult(text, Outcome.MODEL_ERROR if result.is_error else Outcome.OK)
 
@@ -146,19 +163,24 @@ class MCPTool:
             given = None
         if isinstance(given, Mapping):
             return given
-        properties = self.parameters.get("properties", {})
-        names = self.parameters.get("required") or list(properties)
-        if len(names) == 1 and properties.get(names[0], {}).get("type") == "string":
+        names = self.parameters.get("required") or list(self._kinds)
+        if len(names) == 1 and self._kinds.get(names[0]) == "string":
             return {names[0]: arguments.strip()}
         return None
 
     @property
+    def _kinds(self) -> dict[str, object]:
+        """Of each argument; a schema may be true, which any value fits."""
+        properties = self.parameters.get("properties") or {}
+        return {
+            name: schema.get("type", "any") if isinstance(schema, Mapping) else "any"
+            for name, schema in properties.items()
+        }
+
+    @property
     def _form(self) -> str:
-        required = self.parameters.get("required", [])
-        listed = (
-            f'"{name}": {schema.get("type", "any")}{"" if name in required else " (optional)"}'
-            for name, schema in self.parameters.get("properties", {}).items()
-        )
+        required = self.parameters.get("required") or []
+        listed = (f'"{name}": {kind}{"" if name in required else " (optional)"}' for name, kind in self._kinds.items())
         return f"{{{', '.join(listed)}}}"
 
 
@@ -227,10 +249,11 @@ class Line:
     async def ask(self, work: Callable[[Client], Awaitable[T]], repeatable: bool) -> T:
         """What `work` gives; one that lost its connection is done once more if it is `repeatable`.
 
-        Raises ToolUnavailable, or the SDK's MCPError for what concerns this call alone.
+        Raises ToolUnavailable; the SDK's MCPError, RuntimeError and ValidationError for what concerns this call alone.
         """
         from mcp import MCPError
         from mcp.types import CONNECTION_CLOSED, INVALID_PARAMS, PARSE_ERROR, REQUEST_TIMEOUT
+        from pydantic import ValidationError
 
         while True:
             link, begun = self._connected(), time.monotonic()
@@ -244,12 +267,18 @@ class Line:
                 is_late = error.code == REQUEST_TIMEOUT
                 if not is_gone and is_late and link.answered > begun:  # others were served: this call is slow
                     raise ToolUnavailable(f"{self._server.name} did not answer one call: {error}") from error
-                if not is_gone and not is_late and self._server.url is None:  # by HTTP a gateway may say so
+                is_whole = self._server.url is None or error.message not in BY_HTTP
+                if not is_gone and not is_late and is_whole:
                     raise ToolUnavailable(f"{self._server.name} failed in one call: {error}") from error
                 why = self._lost(link, str(error))
                 if not (is_gone and repeatable):
                     raise ToolUnavailable(why) from error
                 repeatable = False
+            except (RuntimeError, ValidationError) as error:
+                if self._link is link and link.is_open:
+                    link.answered = time.monotonic()
+                    raise
+                raise ToolUnavailable(self._lost(link, _why(error))) from error
             except Exception as error:  # as in `run`
                 raise ToolUnavailable(self._lost(link, _why(error))) from error
             else:
@@ -306,6 +335,10 @@ class Link:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._over.set)
 
+    @property
+    def is_open(self) -> bool:
+        return self.thread.is_alive() and not self._over.is_set()
+
     def last_words(self) -> str:
         """What the server last wrote to stderr."""
         self._hear()  # the loop may not have come to it yet
@@ -359,13 +392,14 @@ class Link:
                 encoding_error_handler="replace",  # else a byte that is no UTF-8 ends the connection
             )
             yield mending(stdio_client(parameters, errlog=self._stderr))
-        elif server.token_env is None:
-            yield streamable_http_client(server.url)
         else:
             import httpx2  # the SDK's own
 
-            token = os.environ[server.token_env]
-            async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {token}"}) as http:
+            headers = {"Authorization": f"Bearer {os.environ[server.token_env]}"} if server.token_env else {}
+            # a call has its deadline elsewhere; whoever waits in line for one of 100 connections would lose the link
+            timeout = httpx2.Timeout(CONNECT_S, read=max(SILENT_S, server.timeout_s), pool=None)
+            limits = httpx2.Limits(max_connections=None)
+            async with httpx2.AsyncClient(headers=headers, timeout=timeout, limits=limits) as http:
                 yield streamable_http_client(server.url, http_client=http)
 
 

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import importlib.util
 import random
+import resource
 import threading
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 from otcrl.errors import ConfigError, ToolUnavailable
+from otcrl.tell import tell
 
 if TYPE_CHECKING:
     from httpx import AsyncClient, Response
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
 CONNECT_S = 5.0
 BACKOFF_S = 0.05  # after a first failure; doubled by each one that follows
 BUSY_S = 1.0  # after a 429 that does not say how long
+FULL = "this process has as many files and connections open as it may"
+MOST_FILES = 65_536  # that a process asks for
+LEAST_S = 0.1  # after one that says 0
 PROBING_S = 0.05  # how often to look whether somebody's probe came back
 JITTER = 0.25  # of a wait, on top of it: those who were refused together do not come back together
 DOWN = (502, 503, 504)
@@ -98,6 +105,7 @@ class Servers:
         self._headers = {"Authorization": f"Bearer {checked_token(token)}"} if token else {}
         self._failures, self._open_s, self._connections = failures, open_s, connections
         self._uses_proxy = uses_proxy
+        room_for_connections()
         self._lock = threading.Lock()  # loops run in threads
         self._clients: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncClient] = WeakKeyDictionary()
 
@@ -169,6 +177,11 @@ class Servers:
                 server.last_failure = f"more than {self._connections} requests at a time"
                 raise ServerBusy from None
             except httpx.RequestError as error:
+                if out_of_files(error):  # this process is, and no server is to blame
+                    server.last_failure = FULL
+                    server.not_before = time.monotonic() + BACKOFF_S
+                    say_full()
+                    raise ServerBusy from None
                 raise self._lost(server, f"{type(error).__name__} {error}".strip()) from error
         if response.status_code == 429:
             server.failures, server.last_failure = 0, "it is busy (HTTP 429)"
@@ -220,10 +233,34 @@ class Servers:
         return self._clients[loop]
 
 
+def out_of_files(error: BaseException | None) -> bool:
+    """Whether it came of a connection that this process, or this machine, could not open for want of files."""
+    while error is not None:
+        causes = [error, *getattr(error, "exceptions", ())]
+        if any(isinstance(each, OSError) and each.errno in (errno.EMFILE, errno.ENFILE) for each in causes):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@cache
+def say_full() -> None:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    tell(f"{FULL}, which is {soft}: requests wait for each other. Raise `ulimit -n`, or lower rollout.concurrency")
+
+
+def room_for_connections() -> None:
+    """Each request has a connection of its own, and many systems allow 1024 files where more may be asked for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def retry_after(response: Response) -> float:
     """Seconds; a date, which HTTP allows too, counts as not saying."""
     text = response.headers.get("Retry-After", "")
-    return float(text) if text.isdigit() else BUSY_S
+    return max(float(text), LEAST_S) if text.isdigit() else BUSY_S
 
 
 def checked_url(url: str) -> str:

@@ -102,8 +102,7 @@ function callsOf(run, k) {
 /** How many attempts at questions of each n (rows) made m calls (columns); the diagonal is the optimum. */
 function crossing(pairs) {
   if (!pairs.length) return h("p", { class: "empty" }, "No question of this step has been answered right.");
-  const most = Math.max(...pairs.map(([, m]) => m), ...pairs.map(([n]) => n));
-  const calls = [...Array(most + 1).keys()];
+  const calls = [...Array(most(pairs.flatMap(([n, m]) => [n, m])) + 1).keys()];
   const counts = new Map(pairs.map(([n, m, count]) => [`${n} ${m}`, count]));
   const rows = [...new Set(pairs.map(([n]) => n))].map((n) => ({
     n,

@@ -187,10 +187,14 @@ function limits(low, high, zero) {
   return [from === 0 && zero ? 0 : from - room, high + room];
 }
 
+/** As Math.min and Math.max, which take no more than some 100,000 numbers. */
+const least = (numbers) => numbers.reduce((a, b) => Math.min(a, b), Infinity);
+const most = (numbers) => numbers.reduce((a, b) => Math.max(a, b), -Infinity);
+
 /** Room for half a bar at either end. */
 function aroundBars(plot, low, high) {
   const steps = plot.data[0];
-  const room = steps.length > 1 ? Math.min(...steps.slice(1).map((step, k) => step - steps[k])) / 2 : 1;
+  const room = steps.length > 1 ? least(steps.slice(1).map((step, k) => step - steps[k])) / 2 : 1;
   return [low - room, high + room];
 }
 
@@ -213,7 +217,7 @@ function inWords(lines, options) {
   const format = options.format ?? figure;
   const said = lines.map((line) => {
     const numbers = line.y.filter((value) => value !== null && value !== undefined);
-    return `${line.label} from ${format(numbers[0])} to ${format(numbers.at(-1))}, lowest ${format(Math.min(...numbers))}, highest ${format(Math.max(...numbers))}`;
+    return `${line.label} from ${format(numbers[0])} to ${format(numbers.at(-1))}, lowest ${format(least(numbers))}, highest ${format(most(numbers))}`;
   });
   return `${options.title} by ${options.x ?? "step"}. ${said.join("; ")}. Arrow keys read it.`;
 }

@@ -1,6 +1,22 @@
 "use strict";
 // The case study: the same question on two occasions, in two runs or at two steps.
 
+/** Pairs of occasions with a question in common. Of those at one question, each with the next: all would be millions. */
+function sharing(occasions) {
+  const asked = new Map();
+  occasions.forEach(({ best }, k) => {
+    for (const name of best.keys()) asked.has(name) ? asked.get(name).push(k) : asked.set(name, [k]);
+  });
+  const pairs = new Map();
+  const evaluated = occasions.flatMap(({ split }, k) => (split === "training" ? [] : [k]));
+  const share = (a, b) => [...occasions[a].best.keys()].some((name) => occasions[b].best.has(name));
+  for (const a of evaluated)
+    for (const b of evaluated) if (a < b && share(a, b)) pairs.set(`${a} ${b}`, [a, b]);
+  for (const places of asked.values())
+    places.slice(1).forEach((b, k) => pairs.set(`${places[k]} ${b}`, [places[k], b]));
+  return [...pairs.values()].toSorted(([a, b], [c, d]) => a - c || b - d);
+}
+
 function comparePage(page, state) {
   const occasions = allOccasions();
   page.append(
@@ -11,8 +27,7 @@ function comparePage(page, state) {
       "The same question on two occasions, each with its cheapest right attempt, or its first if none is right.",
     ),
   );
-  const share = (a, b) => [...occasions[a].best.keys()].some((name) => occasions[b].best.has(name));
-  const pairs = occasions.flatMap((_, a) => occasions.map((_, b) => [a, b])).filter(([a, b]) => a < b && share(a, b));
+  const pairs = sharing(occasions);
   if (!pairs.length) return page.append(h("p", { class: "empty" }, "No question was asked on two occasions."));
   const is = (k, split, run) => occasions[k].split === split && (run === undefined || occasions[k].run === run);
   const first =

@@ -80,7 +80,7 @@ function evaluationTables() {
     sources.length > 1
       ? h("div", { class: "bar" }, labelled("Data set", choice([["", "all together"], ...sources], "", show)))
       : null;
-  return [h("h3", {}, "Evaluations"), chooser, host, ...offloadingTables(rows)];
+  return [h("h3", {}, "Evaluations"), chooser, host, ...offloadingTables(rows)].filter((each) => each !== null);
 }
 
 function evaluations(rows, source) {

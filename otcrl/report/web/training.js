@@ -190,10 +190,10 @@ function toolSeconds(run) {
   return run.splits.training ? metric(run, "step").map((step) => told.get(step) ?? null) : [];
 }
 
-/** Time in training steps up to and with each. */
+/** Time in training steps up to and with each. An evaluation after the last has none: it comes a moment later. */
 function minutes(run) {
   let sum = 0;
-  return metric(run, "step").map((_, k) => (sum += (metric(run, "time/step_s")[k] ?? 0) / 60));
+  return metric(run, "step").map((_, k) => (sum += (metric(run, "time/step_s")[k] ?? 1e-4) / 60));
 }
 
 function smoothed(values, width) {
