@@ -9,6 +9,7 @@ from typing import Any
 HIDDEN = "..."
 # the end of a key, or of a program's option: token, GITHUB_TOKEN, --api-key. What ends in _env is a variable's name
 SECRET = re.compile(r"(^|[\W_])(token|api[-_]?key|password|passwd|secret|credentials?)$", re.IGNORECASE)
+CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")  # accessToken
 OPTION = re.compile(r"(--?[\w-]+)=(.*)", re.DOTALL)
 
 
@@ -23,7 +24,7 @@ def public(node: Any) -> Any:
 
 
 def is_secret(key: str) -> bool:
-    return key == "env" or SECRET.search(key) is not None
+    return key == "env" or SECRET.search(CAMEL.sub("_", key)) is not None
 
 
 def is_option(word: object) -> bool:

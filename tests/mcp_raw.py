@@ -18,7 +18,13 @@ def answer(message: dict) -> bytes:
         server = {"name": "raw", "version": "1"}
         result = {"protocolVersion": params["protocolVersion"], "capabilities": {"tools": {}}, "serverInfo": server}
     elif message["method"] == "tools/list":
-        result = {"tools": [{"name": name, "inputSchema": {"type": "object"}} for name in (*TEXTS, "broken")]}
+        result = {"tools": [{"name": name, "inputSchema": {"type": "object"}} for name in (*TEXTS, "broken", "odd")]}
+        promised = {"type": "object", "required": ["count"]}
+        result["tools"].append({"name": "promises", "inputSchema": {"type": "object"}, "outputSchema": promised})
+    elif message["method"] == "tools/call" and params["name"] == "odd":
+        result = {"content": [{"type": "hologram", "data": "?"}]}
+    elif message["method"] == "tools/call" and params["name"] == "promises":
+        result = {"content": [{"type": "text", "text": "no count"}], "structuredContent": {"other": 1}}
     elif message["method"] == "tools/call" and params["name"] in TEXTS:
         result = {"content": [{"type": "text", "text": "HERE"}]}
     else:

@@ -66,6 +66,8 @@ IMPOSSIBLE = {
     "rollout.group_size=1": "rollout.group_size is 1, and GRPO compares trajectories of one problem: use 2 or more",
     "rollout.group_size=0": "rollout: group_size must be at least 1, got 0",
     "rollout.group_size=abc": "rollout.group_size must be int, got 'abc'",
+    "rollout.limits.tool_timeout_s=20": "tools: search has timeout_s=30, and rollout.limits.tool_timeout_s is 20: the "
+    "tool's own must be shorter",
     "rollout.first=nearly_don": "rollout.first must be",
     "rollout.concurrency=0": "rollout: concurrency must be at least 1, got 0",
     "rollout.temperature=0": "rollout.temperature is 0, and training needs trajectories that differ: use 1.0",

@@ -236,6 +236,18 @@ def test_without_wandb_the_logger_says_how_to_install_it(tmp_path: Path, monkeyp
         wandb_logger(tmp_path)
 
 
+def test_wandb_without_a_login_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(ConfigError, match=r"wandb cannot begin a run: .*logger\.wandb\.mode=offline"):
+        WandbLogger(
+            project="p", entity=None, mode="online", trajectories=0, name="n", folder=tmp_path / "run", config={}
+        )
+
+
 def test_wandb_has_config_metrics_and_trajectories_offline(tmp_path: Path):
     logger = wandb_logger(tmp_path)
     logger.read([transcript(), transcript(reward=None), transcript(id="too many")], 0)
@@ -357,6 +369,18 @@ def test_prometheus_scrapes_the_last_value_of_every_metric():
     assert found["process_resident_memory_bytes"] > 0
     with pytest.raises(OSError, match="refused"):
         scraped(logger.port)
+
+
+def test_metrics_that_prometheus_cannot_tell_apart_by_their_letters_get_a_digest():
+    logger = PrometheusLogger(host="127.0.0.1", port=0, name="mine", steps=50)
+    logger.log(
+        {"calls/source/nq-open": 1.0, "calls/source/nq_open": 2.0, "calls/源": 3.0, "calls/類": 4.0, "steps": 5.0}, 0
+    )
+    found = scraped(logger.port)
+    logger.close()
+    assert {value for name, value in found.items() if "calls" in name} == {1.0, 2.0, 3.0, 4.0}
+    assert found["otcrl_calls_source_nq_open"] == 1.0
+    assert found["otcrl_steps"] == 50
 
 
 def test_a_port_that_is_taken_is_one_line():

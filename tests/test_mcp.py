@@ -332,9 +332,34 @@ def test_what_is_no_text_in_an_answer_is_replaced_and_the_others_keep_their_serv
     assert run(tools["bytes"], {}) == ToolResult("no \ufffd UTF-8")
     with pytest.raises(ToolUnavailable, match="failed in one call: it broke"):
         run(tools["broken"], {})
+    unread = ToolResult("Error: what the tool returned cannot be read", Outcome.MODEL_ERROR)
+    assert run(tools["odd"], {}) == unread
+    assert run(tools["promises"], {}) == unread
     assert run(tools["fine"], {}) == ToolResult("fine")
     assert server._line._link is link
     asyncio.run(server.close())
+
+
+@pytest.mark.parametrize("properties", [{"value": True}, None])
+def test_a_schema_that_any_value_fits_is_a_schema(properties: object):
+    tool = MCPTool(
+        name="any", description="", parameters={"type": "object", "properties": properties}, remote_name="any",
+        server=serving(), repeatable=False,
+    )  # fmt: skip
+    assert run(tool, "no JSON").text.startswith("Error: any takes a JSON object: {")
+
+
+def test_messages_say_nothing_secret_of_the_server():
+    assert serving(command=["srv", "--api-key", "S1", "--token=S2", "-v"]).name == (
+        "the MCP server 'srv --api-key ... --token=... -v'"
+    )
+    elsewhere = replace(serving(), command=[], url="https://me:S3@host:1/mcp?key=S4")
+    assert elsewhere.name == "the MCP server 'https://host:1/mcp'"
+
+
+def test_a_tool_says_when_its_server_counts_as_down(tools: Mapping[str, MCPTool]):
+    """Before the trajectory gives the call up: else one that hangs would never be replaced (otcrl/build.py)."""
+    assert {tool.timeout_s for tool in tools.values()} == {serving().timeout_s}
 
 
 # -- streamable HTTP ------------------------------------------------------------------------------------------
@@ -373,6 +398,45 @@ def test_a_server_elsewhere_is_spoken_to_over_http_and_found_again_after_it_was_
             run(tools["add"], {"a": 2, "b": 40})
         process = started(port)
         assert run(tools["add"], {"a": 2, "b": 40}) == ToolResult("42")
+    finally:
+        process.kill()
+        process.wait()
+        asyncio.run(server.close())
+
+
+@pytest.mark.parametrize("token", [None, "A_TOKEN"])
+def test_over_http_a_call_has_its_own_deadline_and_no_connection_to_wait_for(
+    port: int, token: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    """httpx's own are 5 s and 100 connections, and whoever passes either costs all the others their calls."""
+    monkeypatch.setenv("A_TOKEN", "t")
+    process = started(port)
+    server = replace(serving(), command=[], url=f"http://127.0.0.1:{port}/mcp", token_env=token)
+    waiting = {tool.name: tool for tool in server.tools()}["wait"]
+    try:
+        link = server._line._link
+
+        async def many() -> list[ToolResult]:
+            return await asyncio.gather(*(waiting.run('{"seconds": 6}') for _ in range(130)))
+
+        assert {result.text for result in asyncio.run(many())} == {"waited"}
+        assert server._line._link is link
+    finally:
+        process.kill()
+        process.wait()
+        asyncio.run(server.close())
+
+
+def test_over_http_too_one_tool_that_breaks_costs_the_others_nothing(port: int):
+    process = started(port, RAW)
+    server = replace(serving(), command=[], url=f"http://127.0.0.1:{port}/mcp")
+    tools = {tool.name: tool for tool in server.tools()}
+    link = server._line._link
+    try:
+        with pytest.raises(ToolUnavailable, match="failed in one call: it broke"):
+            run(tools["broken"], {})
+        assert run(tools["fine"], {}) == ToolResult("fine")
+        assert server._line._link is link
     finally:
         process.kill()
         process.wait()

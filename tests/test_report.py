@@ -22,11 +22,14 @@ from otcrl.errors import ConfigError, DataError
 from otcrl.report import measure
 from otcrl.report.attempts import TRAIN, Attempt, fewest_calls, read_attempt
 from otcrl.report.build import chosen, content, differences, rounded
-from otcrl.report.files import last_writing, names, read_metrics, read_runs
+from otcrl.report.files import keeps_counts, last_writing, names, read_metrics, read_runs
 from otcrl.report.page import as_json, page, read
 from otcrl.report.segments import segments, text_of
 from otcrl.rollout.transcripts import Transcript
+from otcrl.secrets import public
+from otcrl.secrets import told as told_secret
 from otcrl.types import Outcome, ToolCall
+from otcrl.watch import read_progress
 from tests.runs import World, write_run
 
 
@@ -73,6 +76,36 @@ def test_half_a_line_is_not_there_yet(run, tmp_path):
         (folder / name).write_text(whole + whole[:50])
     (found,), (before,) = read_runs([folder]), read_runs([run])
     assert (len(found.rows), len(found.attempts)) == (len(before.rows), len(before.attempts))
+
+
+def test_half_a_line_may_end_within_a_character(run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    with (folder / "transcripts.jsonl").open("ab") as file:
+        file.write('{"step": 99, "question": "é'.encode()[:-1])
+    assert len(read_runs([folder])[0].attempts) == len(read_runs([run])[0].attempts)
+
+
+def test_an_evaluation_of_a_step_or_by_a_name_is_one_too(run, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(run, folder)
+    shutil.copytree(folder / "eval/after", folder / "eval/step-000020/greedy")
+    assert {"before", "after", "step-000020/greedy"} <= set(read_runs([folder])[0].evaluations)
+    assert "step-000020/greedy" in read_progress(folder).evaluations
+
+
+@pytest.mark.parametrize(
+    ("reward", "counts"),
+    [
+        ({}, True),
+        ({"price": {"tools": {}, "per_second": 0.0}}, True),
+        ({"price": {"tools": {"search": 2}}}, False),
+        ({"price": {"per_token": 0.1}}, False),
+        ({"counter": "emitted"}, False),
+    ],
+)
+def test_what_a_reward_keeps_as_n_is_numbers_of_calls_or_costs(reward, counts):
+    assert keeps_counts({"reward": reward}, "well_formed") is counts
 
 
 def test_a_line_that_cannot_be_read_is_named(run, tmp_path):
@@ -352,6 +385,40 @@ def test_settings_that_differ_are_named():
 def test_a_secret_of_the_config_is_not_passed_on(run):
     assert "t0p-s3cret" in (run / "config.yaml").read_text()
     assert "t0p-s3cret" not in page(content(read_runs([run]), 100), "t", "now")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("GITHUB_TOKEN", "S", "..."),
+        ("api-key", "S", "..."),
+        ("accessToken", "S", "..."),
+        ("env", {"HOME": "S", "EMPTY": ""}, {"HOME": "...", "EMPTY": ""}),
+        ("command", ["srv", "--api-key", "S", "--token=S", "-v"], ["srv", "--api-key", "...", "--token=...", "-v"]),
+        ("token_env", "NAME", "NAME"),
+        ("max_tokens", 5, 5),
+        ("weighting", "token", "token"),
+        ("token", None, None),
+    ],
+)
+def test_keys_environments_and_options_tell_what_is_secret(key, value, shown):
+    assert public({"tools": {key: value}}) == {"tools": {key: shown}}
+
+
+@pytest.mark.parametrize(
+    ("word", "is_told"),
+    [
+        ("tools.mcp.env.GITHUB_TOKEN=S", True),
+        ("+tools.mcp.env={HOME:S}", True),
+        ("tools.mcp.command=[srv,--api-key,S]", True),
+        ("tools.mcp.command=[srv,--token=S]", True),
+        ("algo.weighting=token", False),
+        ("tools.mcp.token_env=NAME", False),
+        ("rollout.limits.max_tokens=5", False),
+    ],
+)
+def test_a_command_line_with_a_secret_is_known(word, is_told):
+    assert told_secret([word]) is is_told
 
 
 def test_numbers_are_short_and_finite():

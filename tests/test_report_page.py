@@ -109,6 +109,43 @@ def test_what_a_report_of_one_run_lacks_leaves_no_trace(open_, tmp_path, steps):
     assert opened.errors == []
 
 
+def test_a_run_with_one_data_set_has_nothing_to_choose_from(open_, tmp_path):
+    run = write_run(tmp_path / "run", steps=2, problems=2, group=2)
+    for file in run.glob("eval/*/report.json"):
+        made = json.loads(file.read_text())
+        made["sources"] = dict([*made["sources"].items()][:1])
+        made["averages"] = {}
+        file.write_text(json.dumps(made))
+    opened = open_(written(tmp_path, run))
+    assert "null" not in opened.go("summary").inner_text()
+
+
+def test_over_wall_clock_the_last_step_keeps_its_place_beside_the_evaluation_after_it(open_, tmp_path):
+    runs = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("first", "second"))]
+    for run in runs:
+        rows = (run / "metrics.jsonl").read_text().splitlines()
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": json.loads(rows[-1])["step"] + 1, "greedy/em": 0.5}) + "\n")
+    opened = open_(written(tmp_path, *runs), "#training")
+    chart = opened.page.locator(".chart", has_text="calls per trajectory")
+    chart.locator(".u-wrap").wait_for()
+    by_step = chart.inner_text()
+    opened.page.get_by_label("Over", exact=True).select_option("minutes")
+    chart.locator(".u-wrap").wait_for()
+    assert chart.inner_text() == by_step
+
+
+def test_a_question_that_was_asked_on_very_many_occasions_is_compared_at_once(open_, tmp_path):
+    """Every pair of them would be millions."""
+    opened = open_(written(tmp_path, write_run(tmp_path / "run", steps=12_000, problems=1, group=1), most=20_000))
+    opened.go("compare").locator("h2").wait_for()
+    assert opened.errors == []
+
+
+def test_a_report_that_is_loaded_at_its_skip_link_shows_its_first_page(open_, report):
+    assert open_(report, "#main").page.locator("section.summary h2").count()
+
+
 def test_charts_are_drawn_anew_when_light_turns_to_dark(open_, report):
     opened = open_(report, "#training", color_scheme="light")
     drawn = "document.querySelector('.u-wrap canvas').toDataURL()"

@@ -149,6 +149,10 @@ class MCPTool:
             return ToolResult(f"Error: {self.name} takes no arguments that {why}.", Outcome.MODEL_ERROR)
         return await self.server.call(self.remote_name, given, self.repeatable)
 
+    @property
+    def timeout_s(self) -> float:
+        return self.server.timeout_s
+
     async def release(self, session: str) -> None:
         """Nothing is kept for a trajectory: all of them share the server."""
 

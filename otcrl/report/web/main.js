@@ -25,7 +25,7 @@ function keep(name, state) {
 
 function route() {
   const [wanted, filters] = location.hash.slice(1).split("?");
-  if (wanted === "main") return byId("main").focus();
+  if (wanted === "main" && made.size) return byId("main").focus();
   const [name, , make] = PAGES.find(([each]) => each === wanted) ?? PAGES[0];
   for (const [each, section] of made) section.hidden = each !== name;
   if (!made.has(name) || filters !== undefined) {
