@@ -38,6 +38,7 @@ class Overlap:
     model: str
     engine: str  # vllm | hf
     trajectories: int
+    decoding: int = 16  # at a time: what is computed is bound by arithmetic here, and each is done the sooner
     calls: int = 3
     turn_tokens: int = 16
     question_words: int = 40
@@ -49,7 +50,7 @@ class Overlap:
 def make_engine(work: Overlap) -> tuple[Finishes, PreTrainedModel, Endless]:
     model, tokenizer = EndlessModel(path=work.model).load()
     more = {"options": {"enforce_eager": True}} if work.engine == "vllm" else {}
-    size = {"context": 1024, "max_sequences": work.trajectories, "batch_tokens": 4096}
+    size = {"context": 1024, "max_sequences": work.decoding, "batch_tokens": 1024}
     engine = part(f"engine/{work.engine}", {"model": model, "tokenizer": tokenizer}, **size, **more)
     return Finishes(engine=engine), model, tokenizer
 
@@ -95,7 +96,8 @@ async def measure(work: Overlap, rounds: int) -> tuple[list[Row], dict[str, floa
     spans: list[float] = []  # seconds that the tools of each trajectory take
 
     def make(tool: SlowSearch) -> Player:
-        return make_player(engine, tokenizer, tool, work.calls, work.turn_tokens)
+        player = make_player(engine, tokenizer, tool, work.calls, work.turn_tokens)
+        return replace(player, first="least_done")  # all are waited for
 
     try:
         await ours(make(replace(tool, median_s=0.0)), problems, list(map(str, range(work.trajectories))))  # warm
