@@ -965,7 +965,8 @@ def test_a_request_never_begins_after_half_a_character():
             request: Any = SimpleNamespace(
                 sampling_params=params, prompt_token_ids=ids, prompt_embeds=None, request_id="r"
             )
-            front, begun = IncrementalDetokenizer.from_new_request(tokenizer.hf, request), len(ids) - len(prompt)
+            hf: Any = tokenizer.hf
+            front, begun = IncrementalDetokenizer.from_new_request(hf, request), len(ids) - len(prompt)
             for number, token in enumerate(written[begun:], start=begun):
                 if cuts and number == cuts[0]:
                     del cuts[0]

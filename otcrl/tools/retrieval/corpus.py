@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from otcrl.errors import ConfigError, DataError
 from otcrl.jsonlines import read_json_lines
@@ -128,9 +128,9 @@ def hub_rows(name: str) -> Iterator[tuple[str, object]]:
         yield f"{name}, row {number}", row
 
 
-def named(row: Mapping[str, object]) -> dict[str, object]:
+def named(row: Mapping[str, Any]) -> dict[str, Any]:
     """Title and text of a row that has `contents`; a single line is a text without a title."""
-    contents = str(row["contents"])
+    contents: str = row["contents"]
     if isinstance(row.get("title"), str):
         return {"title": row["title"], "text": contents}
     title, line_break, text = contents.partition("\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,7 @@ def build_bm25(passages: Passages, k1: float, b: float) -> bm25s.BM25:
     bm25 = library()
     texts = [passages[row].contents for row in range(len(passages))]
     model = bm25.BM25(k1=k1, b=b)
-    words = bm25.tokenize(texts, stopwords="en", show_progress=False)
+    words: Any = bm25.tokenize(texts, stopwords="en", show_progress=False)
     if not words.vocab:
         raise DataError("kind=bm25: no passage has a word of two letters or more that is no stop word")
     model.index(words, show_progress=False)
