@@ -35,6 +35,7 @@ from otcrl.models.published import is_split
 from otcrl.models.twin import twin
 from otcrl.preflight import (
     check_correction,
+    check_deadlines,
     check_demonstrations,
     check_dialect,
     check_evaluation,
@@ -329,13 +330,7 @@ def build_collector(cfg: Config, world: World, engine: Engine) -> Collector:
     settings = {**cfg["rollout"]}
     settings.pop("schedule", None)  # of training
     limits = construct_as(Limits, settings.pop("limits", None), "rollout.limits")
-    for name, tool in world.tools.items():
-        own = getattr(tool, "timeout_s", None)
-        if own is not None and own >= limits.tool_timeout_s:
-            raise ConfigError(
-                f"tools: {name} has timeout_s={own:g}, and rollout.limits.tool_timeout_s is {limits.tool_timeout_s:g}: "
-                "the tool's own must be shorter, for it alone knows what to do then"
-            )
+    check_deadlines(world.tools, limits.tool_timeout_s)
     given = {"first": settings.pop("first")} if "first" in settings else {}
     parts = {"tokenizer": world.tokenizer, "dialect": world.dialect, "tools": world.tools, "limits": limits}
     player = construct_as(Player, given, "rollout", engine=engine, **parts)

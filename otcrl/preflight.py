@@ -55,6 +55,17 @@ def check_names(cfg: Mapping[str, Any]) -> None:
         raise ConfigError(f"seed must be at least 0 and below 2**32, got {cfg['seed']}")
 
 
+def check_deadlines(tools: Mapping[str, Tool], limit_s: float) -> None:
+    """Raises ConfigError for a tool that would be given up before its own deadline, the one that it can act upon."""
+    for name, tool in tools.items():
+        own_s = getattr(tool, "timeout_s", 0.0)
+        if own_s >= limit_s:
+            raise ConfigError(
+                f"tools: {name} has timeout_s={own_s:g}, and rollout.limits.tool_timeout_s is {limit_s:g}: the tool's "
+                "own must be shorter, for it alone knows what to do then"
+            )
+
+
 def check_group_size(size: int, algo: Algorithm, reward: RewardFn) -> None:
     """Raises ConfigError for one trajectory a problem where the algorithm or the reward compares siblings."""
     for part, instead in ((algo, "algo=ppo or algo=reinforce_pp"), (reward, "reward=otc_ppo")):

@@ -289,7 +289,9 @@ class VLLMServers:
             async with self._gate.exclusive:
                 with self._gate.breaking():
                     await self._give([server], self.version, again=True)
-        elif all(state["version"] == self.version for state in await self._fleet.rpc(server, "otcrl_state")):
+            return
+        states = await self._fleet.rpc(server, "otcrl_state")
+        if states and all(state["version"] == self.version for state in states):
             async with self._gate.exclusive, deadline(self.sync_timeout_s, "taking a server back"):
                 with self._gate.breaking():
                     stopped = await self._fleet.each([server], self._stop)

@@ -110,7 +110,6 @@ class MCPServer:
         """Raises ToolUnavailable when the server is down."""
         from mcp import MCPError
         from mcp.types import PARSE_ERROR
-        from pydantic import ValidationError
 
         try:
             result = await self._line.ask(
@@ -119,7 +118,7 @@ class MCPServer:
         except MCPError as error:  # the others are the server's
             why = UNREADABLE if error.code == PARSE_ERROR else error.message
             return ToolResult(f"Error: {why}", Outcome.MODEL_ERROR)
-        except (RuntimeError, ValidationError):  # it does not keep to the schema that it gave, or to the protocol's
+        except (RuntimeError, ValueError):  # it does not keep to the schema that it gave, or to the protocol's
             return ToolResult(f"Error: {UNREADABLE}", Outcome.MODEL_ERROR)
         text = shorten(_text(result), self.max_output_chars)
         return ToolResult(text, Outcome.MODEL_ERROR if result.is_error else Outcome.OK)
@@ -253,11 +252,10 @@ class Line:
     async def ask(self, work: Callable[[Client], Awaitable[T]], repeatable: bool) -> T:
         """What `work` gives; one that lost its connection is done once more if it is `repeatable`.
 
-        Raises ToolUnavailable; the SDK's MCPError, RuntimeError and ValidationError for what concerns this call alone.
+        Raises ToolUnavailable; the SDK's MCPError, RuntimeError and ValueError for what concerns this call alone.
         """
         from mcp import MCPError
         from mcp.types import CONNECTION_CLOSED, INVALID_PARAMS, PARSE_ERROR, REQUEST_TIMEOUT
-        from pydantic import ValidationError
 
         while True:
             link, begun = self._connected(), time.monotonic()
@@ -278,7 +276,7 @@ class Line:
                 if not (is_gone and repeatable):
                     raise ToolUnavailable(why) from error
                 repeatable = False
-            except (RuntimeError, ValidationError) as error:
+            except (RuntimeError, ValueError) as error:
                 if self._link is link and link.is_open:
                     link.answered = time.monotonic()
                     raise
