@@ -54,6 +54,7 @@ CODE = ReTool(instructions="Solve: {question}", tool="python")
 HERMES = Hermes(
     system=None, instructions="{question}", answer="tag", calls="run", allow_rewriting=False, tools=TOOLS
 )  # fmt: skip
+WHOLE_CALL = '{"name": "search", "parameters": {"input": "q"}}'
 TOOLRL = ToolRL(system="Use\n{tools}", calls="run", tools=TOOLS)
 ALL: dict[str, Dialect] = {"search_r1": TAGS, "torl": FENCES, "retool": CODE, "hermes": HERMES, "toolrl": TOOLRL}
 PROBLEM = Problem(id="a/b/0", question="Who?", answers=("x",), source="a")
@@ -242,8 +243,13 @@ def test_a_broken_call_is_answered_with_what_is_wrong(text, why):
         (["<answer> a </answer><answer> b </answer>"], ("2 answers",)),
         (["<information> made up </information><answer> a </answer>"], ("the policy wrote <information> itself",)),
         (["<think> hm <answer> a </answer>"], ("<think> opened 1 times and closed 0 times",)),
+        (
+            ["<google> q </google>", "<answer> a </answer>"],
+            ("There is no tool named 'google'. The tools are: search, python.",),
+        ),
+        (["A <b>bold</b> <search> q </search>", "<answer> a </answer>"], ()),
     ],
-    ids=["well-formed", "two-answers", "own-observation", "unbalanced"],
+    ids=["well-formed", "two-answers", "own-observation", "unbalanced", "no-such-tool", "other-tags"],
 )
 def test_violations_are_named(turns, found):
     assert TAGS.violations(turns, TOOLS) == found
@@ -276,6 +282,22 @@ def test_torl_runs_the_last_complete_block_of_the_turn():
 def test_torl_without_a_block_before_the_output_is_malformed():
     assert isinstance(FENCES.parse("so\n```output", TOOLS), Malformed)
     assert isinstance(FENCES.parse("```ruby\nputs 1\n```\n```output", TOOLS), Malformed)
+
+
+@pytest.mark.parametrize(
+    ("turns", "found"),
+    [
+        (["I must put it in \\boxed{}. So \\boxed{7}"], ()),
+        (["\\boxed{6} or \\boxed{7}"], ("2 different answers",)),
+        (["```output", "\\boxed{7}"], ("No complete code block stands before the output block.",)),
+        (
+            ["```javascript\n1\n```\n```output", "\\boxed{7}"],
+            ("'javascript' cannot be run. Write one of: search, python.",),
+        ),
+    ],
+)
+def test_torl_names_what_breaks_its_form(turns, found):
+    assert FENCES.violations(turns, TOOLS) == found
 
 
 def test_torl_answers_only_in_its_last_turn_and_takes_the_last_box():
@@ -461,6 +483,14 @@ def test_where_calls_are_imitated_a_whole_turn_is_the_answer():
         ("<answer>1</answer><answer>2</answer>", ("2 answers",)),
         ("<think>hm", ("<think> was never closed",)),
         ("<tool_call>", ("<tool_call> was opened and never closed with </tool_call>.",)),
+        (
+            '<tool_call>{"name": "nope", "arguments": {}}</tool_call>',
+            ("There is no tool named 'nope'. The tools are: search, python.",),
+        ),
+        (
+            '<tool_call>{"name": "search", "arguments": {"x": 1}}</tool_call>',
+            ('search takes one text, {"input": "..."}, got {"x": 1}.',),
+        ),
     ],
 )
 def test_hermes_names_what_breaks_its_form(turn: str, found: tuple[str, ...]):
@@ -474,8 +504,12 @@ def test_hermes_names_what_breaks_its_form(turn: str, found: tuple[str, ...]):
     ("turn", "found"),
     [
         ("<think> t </think>\n<response> r </response>", ()),
-        ('<think> t </think>\n<tool_call>\n{"name": "f", "parameters": {}}\n</tool_call>', ()),
-        ('<think> t </think>\n<tool_call>\n{"name": "f"}\n</tool_call>\n<response> r </response>', ()),
+        (f"<think> t </think>\n<tool_call>\n{WHOLE_CALL}\n</tool_call>", ()),
+        (f"<think> t </think>\n<tool_call>\n{WHOLE_CALL}\n</tool_call>\n<response> r </response>", ()),
+        (
+            '<think> t </think>\n<tool_call>\n{"name": "f"}\n</tool_call>',
+            ("There is no tool named 'f'. The tools are: search, python.",),
+        ),
         ("<response> r </response>", TOOLRL_NEEDS_THOUGHT),
         ("<think> t </think>", TOOLRL_NEEDS_THOUGHT),
         ("<think> t </think> so <response> r </response>", TOOLRL_NEEDS_THOUGHT),

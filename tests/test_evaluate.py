@@ -232,6 +232,13 @@ def test_one_tool_that_helps_is_enough() -> None:
     assert values(compare_passes(NORMAL, CLOSED, forced, correct))["under_call"] == 1 / 2
 
 
+def test_a_tool_that_was_down_settles_nothing_unless_another_helped() -> None:
+    down = [replace(t, stop=Stop.VOID, answer=None) for t in FORCED]
+    wrong = [replace(t, answer="no") for t in FORCED]
+    assert values(compare_passes(NORMAL, CLOSED, [*wrong, *down], correct))["under_call"] is None
+    assert values(compare_passes(NORMAL, CLOSED, [FORCED[0], *down], correct))["under_call"] == 1.0
+
+
 def test_a_void_pass_leaves_its_question_out() -> None:
     void = replace(FORCED[1], stop=Stop.VOID)
     figures = compare_passes(NORMAL, [replace(CLOSED[0], stop=Stop.VOID), *CLOSED[1:]], [FORCED[0], void], correct)

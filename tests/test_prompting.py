@@ -269,6 +269,22 @@ def test_what_is_written_as_a_sentence_is_read_as_a_query(text: str) -> None:
     assert replace(IRCOT, each_sentence=False).parse(text, {}) == Nothing()
 
 
+@pytest.mark.parametrize("name", ["direct", "rag"])
+@pytest.mark.parametrize(
+    "said", ["<answer>b", "<answer> <answer> b </answer>", "<answer>b </answer>", "<answer>\n<answer>b"]
+)
+def test_an_answer_whose_tag_was_written_for_it_may_open_it_again_and_end_with_the_text(name: str, said: str) -> None:
+    assert dialect(name).parse(said, {}) == Answer("b")
+    assert dialect(name).violations([said], {}) == ()
+
+
+def test_a_sentence_may_hold_tags_that_are_no_answers() -> None:
+    tools = {"search": Search()}
+    assert IRCOT.parse("The <i>Titanic</i> sank.\n", tools) == Call("search", "The <i>Titanic</i> sank.")
+    assert IRCOT.violations(["The <i>Titanic</i> sank.\n", "<answer> b </answer>"], tools) == ()
+    assert IRCOT.violations(["</answer> b\n"], tools) != ()
+
+
 def test_an_answer_that_is_not_closed_is_malformed() -> None:
     assert isinstance(IRCOT.parse("<answer> b\n", {"search": Search()}), Malformed)
 

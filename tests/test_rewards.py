@@ -100,11 +100,33 @@ def test_n_never_rises_and_is_remembered_across_steps():
     assert reward.table == {"nq/train/0": 1}
 
 
+OUTCOME = OutcomeReward(correct=correct, format_weight=0.0, require_well_formed=True)
+
+
 def test_n_of_the_local_scope_is_the_group_alone():
     reward = otc(scope="local")
     reward([[trajectory(calls=1)]])
     assert values(reward, [trajectory(calls=2)])[0] == pytest.approx([1.0])
     assert reward.table == {}
+
+
+def test_two_groups_of_a_problem_have_each_their_own_local_n():
+    """A step that reaches over the end of an epoch has some: they are paid as if alone."""
+    reward = otc(scope="local")
+    first, second = [trajectory(calls=2), trajectory(calls=3)], [trajectory(calls=0), trajectory(calls=1)]
+    assert values(reward, first, second) == [*values(reward, first), *values(reward, second)]
+
+
+@pytest.mark.parametrize("reward", [otc(), otc("ppo"), OUTCOME], ids=["otc-grpo", "otc-ppo", "outcome"])
+def test_what_is_logged_as_correct_is_what_the_task_says_though_a_malformed_answer_earns_nothing(reward):
+    [[found]] = reward([[trajectory(violations=("2 answers",))]])
+    assert (found.parts["correct"], found.value) == (1.0, 0.0)
+
+
+def test_a_reward_without_a_memory_goes_on_with_a_run_of_one_that_had_one(capsys):
+    OUTCOME.load_state_dict({"a": 1.0})
+    assert "knew the least calls of 1 problems, which this one does not use" in capsys.readouterr().err
+    assert OUTCOME.state_dict() == {}
 
 
 def test_n_is_kept_per_problem_of_each_source():

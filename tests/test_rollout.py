@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -13,10 +14,10 @@ from otcrl.dialects.prompting import Prompting
 from otcrl.dialects.search_r1 import SearchR1
 from otcrl.errors import DataError, EngineError, ToolUnavailable
 from otcrl.models.tiny import word_tokenizer
-from otcrl.protocols import Completion, ToolResult
+from otcrl.protocols import Action, Call, Calls, Completion, Malformed, Nothing, Tool, ToolResult
 from otcrl.rewards.format import FormatReward
 from otcrl.rollout.collect import Collector, Progress, stable_seed
-from otcrl.rollout.loop import Limits, Player, whole_lines
+from otcrl.rollout.loop import MOST_MALFORMED, Limits, Player, whole_lines
 from otcrl.types import Outcome, Problem, Stop, Trajectory, count_calls
 
 WORDS = [
@@ -372,7 +373,31 @@ def test_an_observation_that_fills_the_context_ends_the_trajectory():
     tool = Search(result="a " * 60)
     t = play(Script(CALL), tool, limits=replace(LIMITS, max_tokens=1000, max_observation_tokens=100))
     assert (t.stop, len(actions(t)), t.answer) == (Stop.MAX_TOKENS, 3, None)
-    assert len(t.token_ids) > Script.context
+    assert len(t.token_ids) <= Script.context
+    assert t.tool_calls[0].result == "", "nothing of it was shown, so it earns nothing"
+
+
+def test_of_many_broken_calls_in_a_turn_a_few_are_answered_and_the_turn_is_kept_once():
+    """A policy that repeats itself opens hundreds: each would be answered, and recorded with the whole turn."""
+
+    class Flood(SearchR1):
+        def parse(self, text: str, tools: Mapping[str, Tool]) -> Action:
+            return Calls((Call("search", "b"), *[Malformed("It is broken.")] * 100)) if "search" in text else Nothing()
+
+    dialect = Flood(**vars_of(DIALECT))
+    t = asyncio.run(
+        replace(player(Script(CALL, "b")), dialect=dialect, limits=replace(LIMITS, max_tokens=1000)).play(
+            PROBLEM, temperature=1.0, seed=7, session="s"
+        )
+    )
+    outcomes = [call.outcome for call in t.tool_calls]
+    assert outcomes == [Outcome.OK, *[Outcome.INVALID] * MOST_MALFORMED]
+    assert [bool(call.arguments) for call in t.tool_calls] == [True, True, False, False, False]
+    assert t.tool_calls[-1].result == "Error: It is broken. So are 96 more calls of this turn wrong."
+
+
+def vars_of(dialect: SearchR1) -> dict[str, Any]:
+    return {f.name: getattr(dialect, f.name) for f in fields(dialect)}
 
 
 # -- one trajectory among many --------------------------------------------------------------------------

@@ -71,6 +71,7 @@ A, B = ("f", {"city": "Kochi"}), ("g", {"n": 1, "tags": ["a"]})
         (turn(("g", {"n": True, "tags": ["a"]})), turn(B), 0.0),
         (turn(A).replace("}}", "}"), turn(A), 0.0),
         (turn(A, thought=hermes(B)), turn(A), 1.0),  # a thought calls nothing
+        (f"<think> maybe {hermes(A)} or not", turn(A), 0.0),  # nor one that never ends
         ("<think> t </think>\n<response> r </response>", "<think> t </think>\n<response> another </response>", 1.0),
         (turn(A), "<think> t </think>\n<response> r </response>", 0.0),
     ],

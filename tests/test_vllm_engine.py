@@ -673,6 +673,7 @@ def test_an_engine_that_dies_while_the_learner_updates_goes_on_with_the_next_wei
 
 def test_one_that_dies_at_the_end_of_a_publication_is_not_given_what_was_taken_back():
     """Merged adapters are lent for one delivery: the next vLLM gets them anew."""
+    pytest.importorskip("peft", reason="needs peft")
     from tests.test_publication import Memory
 
     class Late(Talker):

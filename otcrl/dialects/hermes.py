@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from otcrl.dialects.tool_calls import CLOSE, OPEN, arguments_of, asked, dumped, read, schema
+from otcrl.dialects.tool_calls import CLOSE, OPEN, arguments_of, asked, dumped, faults, read, schema
 from otcrl.dialects.torl import BOXED, boxed
 from otcrl.errors import DataError
 from otcrl.protocols import Action, Answer, Chat, Malformed, Message, Nothing, Tokenizer, Tool
@@ -104,7 +104,7 @@ class Hermes:
                 found.append("the policy wrote <tool_response> itself")
             if THINK in said:
                 found.append(f"{THINK} was never closed")
-            found += [call.why for call in read(said) if isinstance(call, Malformed)]
+            found += faults(read(said), tools if self.calls == "run" else None)
             if self.answer == "tag" and (answers := said.count("<answer>")) > 1:
                 found.append(f"{answers} answers")
         return tuple(dict.fromkeys(found))

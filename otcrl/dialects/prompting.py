@@ -15,12 +15,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from otcrl.dialects.search_r1 import SearchR1
+from otcrl.dialects.search_r1 import TAG, SearchR1
 from otcrl.errors import ConfigError, nearest
 from otcrl.protocols import Action, Answer, Call, Malformed, Tokenizer, Tool
 from otcrl.types import Problem
 
 PASSAGES, LINE = "{passages}", "\n"
+ANSWER, CLOSING = "answer>", "</answer>"
 PLACE = re.compile(r"\{question\}|\{passages\}")
 
 
@@ -72,11 +73,12 @@ class Prompting:
 
     def parse(self, text: str, tools: Mapping[str, Tool]) -> Action:
         """The answer, or with `each_sentence` the line as a query. The policy has no tools of its own."""
-        action = self._tags.parse(text, {})
         opening = self.opening if tools or not self.each_sentence else self.open_answer()
+        text = opened_once(text, opening)
+        action = self._tags.parse(text, {})
         if opening and text.startswith(opening) and not isinstance(action, Answer):
             return Answer(text.removeprefix(opening).strip())
-        if isinstance(action, Answer | Malformed) or not self.each_sentence:
+        if isinstance(action, Answer) or not self.each_sentence or (isinstance(action, Malformed) and ANSWER in text):
             return action
         return Call(self.tool, text.strip()) if text.strip() else Malformed("The line is empty. Write a sentence.")
 
@@ -84,7 +86,13 @@ class Prompting:
         return self._tags.observation(*results)
 
     def violations(self, sampled_turns: Sequence[str], tools: Mapping[str, Tool]) -> tuple[str, ...]:
-        return self._tags.violations(sampled_turns, {})
+        last = opened_once(sampled_turns[-1], self.open_answer()) if sampled_turns else ""
+        if self.opening and last.startswith(self.opening) and CLOSING not in last:
+            last += CLOSING  # it ended at the end of the text, which ends an answer too
+        turns = [*sampled_turns[:-1], last] if sampled_turns else []
+        if self.each_sentence:  # a sentence may hold any tag but the answer's
+            turns = [TAG.sub(lambda tag: tag[0] if tag[2] == "answer" else "", turn) for turn in turns]
+        return self._tags.violations(turns, {})
 
     def write_call(self, tool: str, arguments: str) -> str:
         if not self.each_sentence:
@@ -99,3 +107,9 @@ class Prompting:
 
     def open_answer(self) -> str:
         return self._tags.open_answer()
+
+
+def opened_once(text: str, opening: str) -> str:
+    """Without the opening that a policy writes again, though it was written for it."""
+    rest = text.removeprefix(opening).lstrip()
+    return rest if opening and text.startswith(opening) and rest.startswith(opening) else text

@@ -71,6 +71,8 @@ class SearchR1:
                 opened, closed = turn.count(f"<{name}>"), turn.count(f"</{name}>")
                 if opened != closed:
                     found.append(f"<{name}> opened {opened} times and closed {closed} times")
+            if isinstance(action := self.parse(turn, tools), Malformed):
+                found.append(action.why)
             if self.require_think and not turn.lstrip().startswith("<think>"):
                 found.append("a turn does not open with <think>")
         return tuple(dict.fromkeys(found))

@@ -90,6 +90,12 @@ def asked(written: Sequence[Written | Malformed], tools: Mapping[str, Tool]) -> 
     return calls[0] if len(calls) == 1 else Calls(calls)
 
 
+def faults(written: Sequence[Written | Malformed], tools: Mapping[str, Tool] | None) -> list[str]:
+    """What is wrong with the calls of a turn; where there are no `tools` to compare with, with their form alone."""
+    calls = [call if tools is None or isinstance(call, Malformed) else _call(call, tools) for call in written]
+    return [call.why for call in calls if isinstance(call, Malformed)]
+
+
 def _call(written: Written, tools: Mapping[str, Tool]) -> Call | Malformed:
     """The call as the tool takes it: a text, or a JSON object where the tool has `parameters`."""
     name, arguments = written.name, written.arguments

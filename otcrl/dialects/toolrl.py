@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from otcrl.dialects.tool_calls import CLOSE, OPEN, arguments_of, asked, dumped, read, schema
+from otcrl.dialects.tool_calls import CLOSE, OPEN, arguments_of, asked, dumped, faults, read, schema
 from otcrl.protocols import Action, Answer, Chat, Malformed, Message, Nothing, Tokenizer, Tool
 from otcrl.types import Problem
 
@@ -83,7 +83,7 @@ class ToolRL:
             whole = WHOLE.fullmatch(turn)
             if whole is None or not any(whole.groups()):
                 found.append("a turn is not <think>, then <tool_call>, <response> or both")
-            found += [call.why for call in read(said) if isinstance(call, Malformed)]
+            found += faults(read(said), tools if self.calls == "run" else None)
         return tuple(dict.fromkeys(found))
 
     def write_call(self, tool: str, arguments: str) -> str:

@@ -67,9 +67,11 @@ class ToRL:
 
     def violations(self, sampled_turns: Sequence[str], tools: Mapping[str, Tool]) -> tuple[str, ...]:
         found: list[str] = []
-        answers = [answer for turn in sampled_turns for answer in boxed(turn)]
+        answers = [answer for turn in sampled_turns for answer in boxed(turn) if answer]  # prompts write an empty box
         if len(set(answers)) > 1:
             found.append(f"{len(answers)} different answers")
+        tried = sampled_turns[:-1] if self.free_last_turn else sampled_turns
+        found += [action.why for turn in tried if isinstance(action := self.parse(turn, tools), Malformed)]
         if sampled_turns and sampled_turns[-1].count("```") % 2 and OUTPUT not in sampled_turns[-1]:
             found.append("a code block was opened and never closed")
         return tuple(found)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from otcrl import dist
 from otcrl.evaluate.attempts import Correct, is_right
 from otcrl.evaluate.metrics import Estimate, ratios
 from otcrl.types import Problem, Stop, Trajectory, count_calls
@@ -51,6 +52,7 @@ async def offloading(
         normal = await collect(problems, "")
     closed = await collect(problems, answer_opening)
     guessed = [t.problem for t in normal if wrong_without_call(t, correct, counter)]
+    guessed = dist.from_first(guessed, "who guessed")  # judges may be slow, and of two minds
     forced = [t for opening in call_openings if guessed for t in await collect(guessed, opening)]
     return compare_passes(normal, closed, forced, correct, counter, seed)
 
@@ -75,10 +77,11 @@ def compare_passes(
     """
     scored = _by_question(normal)
     known = {k: _right(t, correct) and not t.tool_calls for k, t in _by_question(closed or ()).items()}
-    fixed: dict[str, bool] = {}
+    tried: dict[str, list[bool | None]] = {}  # whether it was right; None: void
     for t in forced or ():
-        if t.stop is not Stop.VOID:
-            fixed[t.problem.id] = fixed.get(t.problem.id, False) or _right(t, correct)
+        tried.setdefault(t.problem.id, []).append(None if t.stop is Stop.VOID else _right(t, correct))
+    # where one tool was down, another may have settled it all the same
+    fixed = {k: any(own) for k, own in tried.items() if any(own) or None not in own}
     guessed = {k: wrong_without_call(t, correct, counter) for k, t in scored.items()}
     called = {k: count_calls(t, counter) > 0 for k, t in scored.items()}
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from otcrl.errors import nearest
 from otcrl.rewards.otc import check_above_zero, r_tool_ppo
-from otcrl.rewards.outcome import Correct, Phi
+from otcrl.rewards.outcome import Correct, Phi, pass_over
 from otcrl.types import COUNTERS, Reward, Trajectory, count_calls
 
 Wish = Literal["less", "any", "more"]
@@ -55,13 +55,16 @@ class BehaviourReward:
         return [[self._score(t) for t in group] for group in trajectories_PG]
 
     def _score(self, t: Trajectory) -> Reward:
-        right = Phi(self.correct, 0.0, self.require_well_formed).r_correct(t)
+        phi = Phi(self.correct, 0.0, self.require_well_formed)
+        judged = phi.judged(t)
         acting = factor(count_calls(t, self.counter), self.calls_scale, self.acting)
         reasoning = factor(sum(t.action_mask), self.tokens_scale, self.reasoning)
-        return Reward(right * acting * reasoning, {"correct": right, "acting": acting, "reasoning": reasoning})
+        return Reward(
+            phi.gated(t, judged) * acting * reasoning, {"correct": judged, "acting": acting, "reasoning": reasoning}
+        )
 
     def state_dict(self) -> dict[str, float]:
         return {}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        assert not state, f"a behaviour reward has no state, got {len(state)} entries"
+        pass_over(state)

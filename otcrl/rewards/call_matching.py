@@ -12,9 +12,14 @@ _IGNORED = re.compile(r"[ ,./\-_*^]")  # in texts, as BFCL's checker has it
 
 
 def calls_of(turn: str) -> list[Written] | None:
-    """The calls in a turn's `<tool_call>` tags, thoughts left out; None when one of them cannot be read."""
-    calls = read(turn.rpartition("</think>")[2])
-    return None if any(isinstance(call, Malformed) for call in calls) else [c for c in calls if isinstance(c, Written)]
+    """The calls in a turn's `<tool_call>` tags, thoughts left out; None when one of them, or what it is, is unclear."""
+    said = turn.rpartition("</think>")[2]
+    calls = read(said)
+    return (
+        None
+        if "<think>" in said or any(isinstance(call, Malformed) for call in calls)
+        else [c for c in calls if isinstance(c, Written)]
+    )
 
 
 def same_calls(turn: str, gold: str) -> float:

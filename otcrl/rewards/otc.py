@@ -106,30 +106,29 @@ class OTCReward:
 
     def __call__(self, trajectories_PG: Sequence[Sequence[Trajectory]]) -> list[list[Reward]]:
         phi = Phi(self.correct, self.format_weight, self.require_well_formed)
-        right_PG = [[phi.r_correct(t) for t in group] for group in trajectories_PG]
-        least: dict[str, float] = {} if self.scope == "local" else self.table
-        for group, right_G in zip(trajectories_PG, right_PG, strict=True):
-            for t, right in zip(group, right_G, strict=True):
-                if right >= 1 and t.stop is not Stop.VOID:
+        judged_PG = [[phi.judged(t) for t in group] for group in trajectories_PG]
+        least_P: list[dict[str, float]] = [{} if self.scope == "local" else self.table for _ in trajectories_PG]
+        for group, judged_G, least in zip(trajectories_PG, judged_PG, least_P, strict=True):
+            for t, judged in zip(group, judged_G, strict=True):
+                if phi.gated(t, judged) >= 1 and t.stop is not Stop.VOID:
                     m = cost(t, self.counter, self.price)
                     least[t.problem.id] = min(m, least.get(t.problem.id, m))
         rewards_PG: list[list[Reward]] = []
-        for group, right_G in zip(trajectories_PG, right_PG, strict=True):
+        for group, judged_G, least in zip(trajectories_PG, judged_PG, least_P, strict=True):
             step = trained_steps(group)
-            rewards_PG.append(
-                [self._score(t, right, phi.r_format(t), least, step) for t, right in zip(group, right_G, strict=True)]
-            )
+            rewards_PG.append([self._score(t, judged, least, step) for t, judged in zip(group, judged_G, strict=True)])
         return rewards_PG
 
-    def _score(self, t: Trajectory, right: float, r_format: float, least: Mapping[str, float], step: int) -> Reward:
+    def _score(self, t: Trajectory, judged: float, least: Mapping[str, float], step: int) -> Reward:
+        phi = Phi(self.correct, self.format_weight, self.require_well_formed)
         m, n = cost(t, self.counter, self.price), least.get(t.problem.id)
         alpha = self.warmup.at(step, self.warmup.alpha, self.alpha)
         c = self.warmup.at(step, self.warmup.c, self.c)
         # n is unknown only while nobody was right: then Eq. 5 scales what r_format pays, if anything
         r_tool = r_tool_ppo(m, c) if self.form == "ppo" or n is None else r_tool_grpo(m, n, c)
-        r_phi = right + r_format
+        r_phi = phi.gated(t, judged) + phi.r_format(t)
         value = alpha * r_tool * r_phi if self.combine == "product" else alpha * r_tool + r_phi
-        return Reward(value, {"correct": right, "tool": r_tool, "cost": m, "well_formed": float(not t.violations)})
+        return Reward(value, {"correct": judged, "tool": r_tool, "cost": m, "well_formed": float(not t.violations)})
 
     def state_dict(self) -> dict[str, float]:
         return dict(self.table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from otcrl.tell import tell
 from otcrl.types import Problem, Reward, Trajectory
 
 Correct = Callable[[str, Problem], float]
@@ -18,11 +19,13 @@ class Phi:
     format_weight: float
     require_well_formed: bool
 
-    def r_correct(self, t: Trajectory) -> float:
-        """0 for a trajectory without an answer, and (switchable) for a right answer in a malformed one."""
-        if t.answer is None or (self.require_well_formed and t.violations):
-            return 0.0
-        return self.correct(t.answer, t.problem)
+    def judged(self, t: Trajectory) -> float:
+        """What the task says of the answer, however the trajectory was written; 0 without one."""
+        return 0.0 if t.answer is None else self.correct(t.answer, t.problem)
+
+    def gated(self, t: Trajectory, judged: float) -> float:
+        """r_correct: what counts of it, 0 (switchable) for a right answer in a malformed trajectory."""
+        return 0.0 if self.require_well_formed and t.violations else judged
 
     def r_format(self, t: Trajectory) -> float:
         return self.format_weight * float(not t.violations and t.answer is not None)
@@ -44,11 +47,18 @@ class OutcomeReward:
 
     def _score(self, t: Trajectory) -> Reward:
         phi = Phi(self.correct, self.format_weight, self.require_well_formed)
-        right = phi.r_correct(t)
-        return Reward(right + phi.r_format(t), {"correct": right, "well_formed": float(not t.violations)})
+        judged = phi.judged(t)
+        value = phi.gated(t, judged) + phi.r_format(t)
+        return Reward(value, {"correct": judged, "well_formed": float(not t.violations)})
 
     def state_dict(self) -> dict[str, float]:
         return {}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        assert not state, f"an outcome reward has no state, got {len(state)} entries"
+        pass_over(state)
+
+
+def pass_over(state: Mapping[str, float]) -> None:
+    """Says that a checkpoint's reward kept what this one has no use for: another reward goes on with the run."""
+    if state:
+        tell(f"the checkpoint's reward knew the least calls of {len(state)} problems, which this one does not use")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ from otcrl.rollout.pace import paced
 from otcrl.types import Metrics, Outcome, Problem, Stop, ToolCall, Trajectory
 
 First = Literal["nearly_done", "least_done"]
+MOST_MALFORMED = 4  # calls of one turn, each of which is answered
 ORDERS: Mapping[str, int] = {"nearly_done": -1, "least_done": 1}  # a lower priority goes first
 
 
@@ -217,9 +218,7 @@ class Player:
             if closing and not opening:
                 opening = closing
                 draft.inject(self.tokenizer.encode(opening))
-        spent = len(draft.token_ids) - draft.prompt_length
-        room = min(self.limits.max_tokens - spent, self.engine.context - len(draft.token_ids))
-        if room <= 0:
+        if (room := self._room(draft)) <= 0:
             return Stop.MAX_TOKENS
         if len(draft.turns) == self.limits.max_turns:
             return Stop.MAX_TURNS
@@ -258,26 +257,37 @@ class Player:
                 draft.answer = answer
                 return Stop.ANSWERED
             case Calls(asked):
-                pass
+                asked = tuple(fewer(asked))
             case Call() | Malformed() as one:
                 asked = (one,)
             case _:
                 return Stop.INVALID
-        before = len(draft.calls)
+        before, written = len(draft.calls), text
         for each in asked:
-            call = await self._call(draft, each, text, session)
+            call = await self._call(draft, each, written, session)
             draft.calls.append(call)
+            written = "" if isinstance(each, Malformed) else written  # a turn with many is not kept with each
             if call.outcome is Outcome.OVER_BUDGET:
                 return Stop.MAX_CALLS
             if call.outcome is Outcome.INFRA_ERROR:
                 return Stop.VOID
         made = draft.calls[before:]
         ids, shown = self._observation([call.result for call in made])
+        fits = len(ids) <= self._room(draft)
+        shown = shown if fits else [""] * len(made)  # what was not shown earns nothing
         draft.calls[before:] = [replace(call, result=text) for call, text in zip(made, shown, strict=True)]
+        if not fits:
+            return Stop.MAX_TOKENS
         draft.inject(ids)
         return None
 
+    def _room(self, draft: Draft) -> int:
+        """Tokens that it may still grow by."""
+        spent = len(draft.token_ids) - draft.prompt_length
+        return min(self.limits.max_tokens - spent, self.engine.context - len(draft.token_ids))
+
     async def _call(self, draft: Draft, asked: Call | Malformed, text: str, session: str) -> ToolCall:
+        """`text` is the turn that a malformed call is recorded with."""
         if isinstance(asked, Malformed):
             return ToolCall("", text, f"Error: {asked.why}", Outcome.INVALID)
         if self._is_spent(draft):
@@ -303,6 +313,18 @@ class Player:
         if len(ids) <= self.limits.max_observation_tokens:
             return result
         return whole_lines(self.tokenizer.decode(ids[: self.limits.max_observation_tokens]), result)
+
+
+def fewer(asked: Sequence[Call | Malformed]) -> Iterator[Call | Malformed]:
+    """Without most of those that are malformed: a policy that repeats itself opens hundreds in one turn."""
+    more = sum(isinstance(each, Malformed) for each in asked) - MOST_MALFORMED
+    broken = 0
+    for each in asked:
+        broken += isinstance(each, Malformed)
+        if more > 0 and isinstance(each, Malformed) and broken == MOST_MALFORMED:
+            yield Malformed(f"{each.why} So are {more} more calls of this turn wrong.")
+            return
+        yield each
 
 
 def without_end(ids: Sequence[int], stop_ids: frozenset[int]) -> Sequence[int]:
