@@ -17,7 +17,7 @@ from otcrl.models.tiny import word_tokenizer
 from otcrl.protocols import Action, Call, Calls, Completion, Malformed, Nothing, Tool, ToolResult
 from otcrl.rewards.format import FormatReward
 from otcrl.rollout.collect import Collector, Progress, stable_seed
-from otcrl.rollout.loop import MOST_MALFORMED, Limits, Player, whole_lines
+from otcrl.rollout.loop import MOST_MALFORMED, Limits, Player, fewer, whole_lines
 from otcrl.types import Outcome, Problem, Stop, Trajectory, count_calls
 
 WORDS = [
@@ -393,7 +393,8 @@ def test_of_many_broken_calls_in_a_turn_a_few_are_answered_and_the_turn_is_kept_
     outcomes = [call.outcome for call in t.tool_calls]
     assert outcomes == [Outcome.OK, *[Outcome.INVALID] * MOST_MALFORMED]
     assert [bool(call.arguments) for call in t.tool_calls] == [True, True, False, False, False]
-    assert t.tool_calls[-1].result == "Error: It is broken. So are 96 more calls of this turn wrong."
+    said = [each.why for each in fewer([Malformed("It is broken.")] * 100) if isinstance(each, Malformed)]
+    assert said == [*["It is broken."] * 3, "It is broken. So are 96 more calls of this turn wrong."]
 
 
 def vars_of(dialect: SearchR1) -> dict[str, Any]:
