@@ -90,12 +90,14 @@ def train_in(cfg: Config, start: Start) -> None:
         for part in (run.logger, run.saver, run.thread):
             stack.callback(part.close)
         stack.callback(lambda: runner.run(run.engine.close()))
+        sft_seconds = take_up(run, world, start, bars)
+        start.settle(cfg)
         experiment = Experiment(
             run=run,
             evaluate=config,
             resumed=start.checkpoint,
             may_change=cfg["resume_changed"],
-            sft_seconds=take_up(run, world, start, bars),
+            sft_seconds=sft_seconds,
         )
         runner.run(run_experiment(experiment))
 

@@ -135,8 +135,11 @@ def write_model(
 
     folder.mkdir(exist_ok=True)
     sha = write_tensors(folder / WEIGHTS, revert_weight_conversion(model, dict(tensors)))
-    with described_without_adapters(model):
-        model.save_pretrained(folder, state_dict={})  # all but the weights
+    try:
+        with described_without_adapters(model):
+            model.save_pretrained(folder, state_dict={})  # all but the weights
+    except ValueError as error:  # transformers reads configs that it refuses to write
+        raise OSError(f"the model's config: {error}") from error
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizer is written in Rust, which raises nothing better

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from otcrl import __version__
 from otcrl.errors import ConfigError, OtcrlError, nearest
@@ -168,21 +169,60 @@ def sweep(command: str, settings: list[str], flags: frozenset[str]) -> int:
         raise no_preset()
     if named.get("resume", "auto") not in ("auto", "never"):
         raise ConfigError("a sweep cannot be resumed as one: the same command goes on with each run that is unfinished")
+    how = [f"resume={named['resume']}"] if "resume" in named else []
     jobs = [[conf, *job] for conf in presets for job in expand(overrides)]
     configs = [run_config(job) for job in jobs]  # so that a typo stops the sweep before its first run
     failed: list[str] = []
     for index, (job, config) in enumerate(zip(jobs, configs, strict=True)):
         directory = f"{config['run_dir']}/{index}"
         name = f"{config['name']}/{index}"
-        own = [f"name={quoted(name)}", f"run_dir={quoted(directory)}"]
+        own = [f"name={quoted(name)}", f"run_dir={quoted(directory)}", *how]
         varied = " ".join(setting for setting in job if setting not in settings)
-        print(f"otcrl: run {index + 1} of {len(jobs)}: {varied} -> {directory}", file=sys.stderr, flush=True)
+        goes_on = flags <= SWEEP.keys() and named.get("resume") != "never"
+        is_done = goes_on and finished_as(run_config([*job, *own]), Path(directory))
+        what = f"{varied} -> {directory}{', which is finished' if is_done else ''}"
+        print(f"otcrl: run {index + 1} of {len(jobs)}: {what}", file=sys.stderr, flush=True)
+        if is_done:
+            continue
         kept = sorted(flags - SWEEP.keys())
-        code = subprocess.call([sys.executable, "-m", "otcrl.cli", command, *job, *own, *kept])
+        code, is_last = in_process([sys.executable, "-m", "otcrl.cli", command, *job, *own, *kept])
         failed += [f"{directory} (exit {code})"] if code else []
+        if is_last:
+            print("otcrl: the sweep ends; the same command goes on with it", file=sys.stderr)
+            return code
     outcome = f", {len(failed)} failed: {', '.join(failed)}" if failed else ""
     print(f"otcrl: {len(jobs)} runs, {len(jobs) - len(failed)} done{outcome}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def finished_as(config: Mapping[str, Any], directory: Path) -> bool:
+    """Whether a run with this config has come to its end there."""
+    if not (directory / "summary.json").is_file():
+        return False
+    from otcrl.compose import load
+    from otcrl.resume import changes
+
+    return not changes(load(directory / "config.yaml"), config)
+
+
+def in_process(command: Sequence[str]) -> tuple[int, bool]:
+    """Its exit code, and whether it was asked to end: SIGTERM is handed on, and both wait for it to end well."""
+    asked: list[int] = []
+    process = subprocess.Popen(command)
+
+    def hand_on(number: int, frame: object) -> None:
+        asked.append(number)
+        process.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, hand_on)
+    try:
+        while True:
+            try:
+                return process.wait(), bool(asked)
+            except KeyboardInterrupt:  # the terminal has sent it to the run, too
+                asked.append(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # -- compare, table ------------------------------------------------------------------------------------------
@@ -251,7 +291,7 @@ def export(settings: list[str], flags: frozenset[str]) -> int:
     from otcrl.export import export
 
     named, rest = take(settings, "out", "step")
-    if len(rest) != 1 or "=" in rest[0]:
+    if len(paths("export", rest, ("out", "step"))) != 1:
         raise ConfigError(f"otcrl export needs one run directory and out=DIR, got {' '.join(rest) or 'none'}")
     require("export", named, "out")
     print(f"otcrl: {export(Path(rest[0]), Path(named['out']), named.get('step'))}")

@@ -89,7 +89,10 @@ def values(override: Override) -> list[str]:
         return [line]
     if not (override.is_choice_sweep() or override.is_range_sweep()):
         raise ConfigError(f"{line!r}: a sweep is a list of values (1,2,3) or a range(start, stop)")
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    try:
+        return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+    except HydraException as error:
+        raise ConfigError(f"{line!r}: {str(error).splitlines()[0]}") from error
 
 
 def parse(text: str) -> Override:
@@ -138,23 +141,31 @@ def staged(preset: Path | None, run: Path | None, chosen: Mapping[str, Sequence[
         for name in chosen.get("scale", ()):
             stage_scale(name, stage, effective_choices(preset, search), chosen, search)
         check_own(chosen, search[1:])
-        primary["hydra"] = {"searchpath": [path.as_uri() for path in search]}
+        primary["hydra"] = {"searchpath": [f"file://{path.absolute()}" for path in search]}
         stage.joinpath("config.yaml").write_text(yaml.safe_dump(primary, sort_keys=False))
         yield stage
 
 
-def stage_preset(preset: Path, copy: Path, chosen: Mapping[str, Sequence[str]], search: Sequence[Path]) -> None:
+def stage_preset(
+    preset: Path,
+    copy: Path,
+    chosen: Mapping[str, Sequence[str]],
+    search: Sequence[Path],
+    above: frozenset[Path] = frozenset(),  # those that are based on it
+) -> None:
     """A copy of the preset for Hydra, and of the presets that it is based on (`defaults: [search_r1_grpo, ...]`).
 
     `chosen` holds the choices of whoever comes later: the command line, and a preset for those that it is based on.
     """
+    if preset in above:
+        raise ConfigError(f"{preset} is based on itself")
     content = load(preset)  # a syntax error names the user's file, not our copy of it
     text = yaml.safe_dump(fitting(content, chosen, search), sort_keys=False, allow_unicode=True)
     copy.write_text("# @package _global_\n" + text)
     bases, choices = defaults(content)
     for base in bases:
         if path := found_in(search, f"experiment/{base}.yaml"):
-            stage_preset(path, copy.with_name(path.name), {**choices, **chosen}, search)
+            stage_preset(path, copy.with_name(path.name), {**choices, **chosen}, search, above | {preset})
 
 
 def stage_scale(
@@ -191,6 +202,8 @@ def effective_choices(preset: Path | None, search: Sequence[Path]) -> dict[str, 
 def defaults(content: Config) -> tuple[list[str], dict[str, list[str]]]:
     """The files that a yaml is based on, and its choices of groups."""
     entries = content.get("defaults") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, str | dict) for entry in entries):
+        raise ConfigError(f"defaults must be a list of presets and choices, [quickstart, _self_], got {entries!r}")
     bases = [entry for entry in entries if isinstance(entry, str) and entry != "_self_"]
     pairs = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
     several = {key: choice if isinstance(choice, list) else [choice] for key, choice in pairs}
@@ -301,7 +314,7 @@ def compose_staged(stage: Path, overrides: Sequence[str], *, whole: bool = True)
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
         found = {*options(group), *(error.options or [])}
         raise ConfigError(f"{group}={choice}: there is no such yaml.{nearest(choice, found)}") from error
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise explained(error, stage, overrides) from error
     assert isinstance(content, dict)
     return {str(key): value for key, value in content.items()}

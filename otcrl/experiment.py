@@ -24,6 +24,7 @@ from otcrl.protocols import Dialect, Task, Tool
 from otcrl.resume import check_tools
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.transcripts import Transcript, Transcripts
+from otcrl.saver import reason
 from otcrl.sft import Sft, train_sft
 from otcrl.tell import tell
 from otcrl.termination import Terminated
@@ -100,6 +101,8 @@ async def run_experiment(experiment: Experiment) -> None:
     try:
         await whole_experiment(experiment)
     except Terminated:
+        if run.saver.lost:
+            raise TrainingError(f"the run ends, and {run.saver.lost}") from None
         if dist.is_first():
             tell(f"{run.folder} is saved, and the same command goes on with it")
 
@@ -115,7 +118,7 @@ async def whole_experiment(experiment: Experiment) -> None:
     begun = time.monotonic()
     await train(run, experiment.first_step)
     train_s = time.monotonic() - begun
-    lost = await run.thread(save_final, run) or run.saver.lost
+    lost = run.saver.lost = await run.thread(save_final, run) or run.saver.lost
     begun = time.monotonic()
     after = await unless_terminated(report(run, config, "after"))
     sampled = None
@@ -149,7 +152,7 @@ def save_final(run: Run) -> str:
     try:
         checkpoint.save_model(run.folder / "model", run.learner, run.tokenizer.hf)
     except OSError as error:
-        lost = f"{run.folder / 'model'} could not be written: {error.strerror or error}"
+        lost = f"{run.folder / 'model'} could not be written: {reason(error)}"
         tell(f"FAILED: {lost}")
         return lost
     return ""

@@ -24,6 +24,8 @@ def export(run: Path, out: Path, step: str | None) -> str:
         raise ConfigError(f"{run} is not a run directory: it has no config.yaml")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out} is there already, and not an empty directory")
+    if out.resolve() == Path.cwd():
+        raise ConfigError(f"out={out} is the current directory: name a folder in it")
     source, what = find_model(run, step)
     try:
         with sealed.whole(out) as folder:
@@ -43,7 +45,7 @@ def find_model(run: Path, step: str | None) -> tuple[Path, str]:
     """The directory of a model whose hashes hold, and what it is."""
     saved = {checkpoint.step_of(path): path for path in checkpoint.complete(run / "checkpoints")}
     if step is not None:
-        chosen = best(run, list(saved)) if step == "best" else step
+        chosen = best(run, list(saved)) if step == "best" else int(step) if step.isdecimal() else step
         path = next((path for number, path in saved.items() if str(number) == str(chosen)), None)
         if path is None:
             raise ConfigError(f"step={step}: {run} has no such checkpoint.{nearest(step, map(str, saved))}")

@@ -72,11 +72,20 @@ class Start:
     def _prepare(self, cfg: Config) -> Path | None:
         if not self.goes_on:
             return new_folder(self.folder, cfg)
-        (self.folder / "summary.json").unlink(missing_ok=True)  # of a run that is finished
         sealed.clear(self.folder)
         sealed.clear(self.folder / "checkpoints")
-        keep_config(self.folder, cfg, self.step)
         return None
+
+    def settle(self, cfg: Config) -> None:
+        """The run goes on, now that nothing refuses to: it is not finished, and this is its config. All ranks."""
+
+        def settle() -> None:
+            if self.goes_on:
+                with unwritable(self.folder):
+                    (self.folder / "summary.json").unlink(missing_ok=True)
+                keep_config(self.folder, cfg, self.step)
+
+        dist.decided_by_first(settle, "the run's config")
 
 
 @contextmanager
@@ -234,6 +243,8 @@ def shown(value: object) -> str:
 def new_folder(folder: Path, cfg: Config) -> Path | None:
     """An empty run directory with the config in it; where the run is now that was there."""
     old: Path | None = None
+    if folder.resolve() == Path.cwd():
+        raise ConfigError("run_dir is the current directory, which cannot be moved aside: name a folder in it")
     with unwritable(folder):
         if folder.exists() and any(folder.iterdir()):
             number = 1
@@ -250,7 +261,10 @@ def keep_config(folder: Path, cfg: Config, step: int) -> None:
     with unwritable(folder):
         path, now = folder / "config.yaml", as_kept(cfg)
         if (before := path.read_text()) != now:
-            sealed.write_whole(folder / f"config.before-step-{step:06d}.yaml", before)
+            number, kept = 1, folder / f"config.before-step-{step:06d}.yaml"
+            while kept.exists():
+                number, kept = number + 1, folder / f"config.before-step-{step:06d}.{number}.yaml"
+            sealed.write_whole(kept, before)
             sealed.write_whole(path, now)
 
 

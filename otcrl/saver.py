@@ -110,6 +110,9 @@ class Saver:
         final = self._folder / f"step-{copied.standing.step:06d}"
         temporary = final.with_name(f".writing-{final.name}")
         try:
+            if self._rank == 0:
+                for left in set(self._folder.glob(".writing-*")) - {temporary}:  # by ranks that failed after this one
+                    shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir(parents=True, exist_ok=True)
             hashes = self._write_part(temporary, copied.state)
             if self._rank == 0:
@@ -173,16 +176,21 @@ class Saver:
                 sealed.remove(path)
 
     def _give_up(self, temporary: Path, final: Path, error: OSError) -> None:
-        why = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        why = reason(error)
         self._failed += 1
         self.lost = f"checkpoint {final.name} could not be written: {why}"
         if self._rank:
+            (temporary / f"state-{self._rank:05d}.safetensors").unlink(missing_ok=True)  # that makes room for the note
             leave_note(self._note(temporary, self._rank), why)
             return
         shutil.rmtree(temporary, ignore_errors=True)
         left = checkpoint.complete(self._folder)
         holds = f"{left[-1].name} still holds" if left else "there is none yet"
         tell(f"FAILED: {self.lost}. Training goes on; {holds}")
+
+
+def reason(error: OSError) -> str:
+    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
 
 
 def leave_note(note: Path, why: str) -> None:

@@ -228,7 +228,9 @@ async def train(run: Run, first_step: int = 0) -> None:
                 await save(run, standing)
             await run.thread(run.termination.check)
     except Terminated:
-        if run.saver.saved != standing.step:
+        await run.thread(run.saver.wait)
+        lost = any(await run.thread(dist.gather, bool(run.saver.lost), "the last checkpoint"))
+        if lost or run.saver.saved != standing.step:
             await save(run, standing)
         raise
     finally:

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,16 @@ def test_a_mistake_in_the_program_is_not_taken_for_a_full_disk(tmp_path, monkeyp
         writer.wait()
 
 
+def test_a_config_that_transformers_does_not_write_costs_the_checkpoint_and_not_the_run(tmp_path, capsys):
+    learner = make_learner(grpo())
+    learner.policy.generation_config.temperature = 0.5  # without do_sample
+    writer = new_saver(tmp_path)
+    writer.save(STANDING, learner, TOKENIZER)
+    writer.wait()
+    assert "the model's config: " in writer.lost
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_pythons_lock_is_free_while_a_large_file_is_written(tmp_path):
     """Safetensors' own writer holds it to the end (0.26 s at a time for 240 MB)."""
     tensors, longest, done = {"x": torch.ones(25_000_000)}, 0.0, threading.Event()
@@ -396,6 +407,29 @@ def test_a_rank_that_cannot_write_its_part_leaves_no_checkpoint_and_says_why(tmp
     assert writers[0].metrics()["checkpoint/failed"] == 1
     said = capsys.readouterr().err
     assert "FAILED: checkpoint step-000003 could not be written: rank 1: No space left on device" in said
+
+
+def test_what_a_rank_wrote_after_the_first_one_had_failed_is_gone_at_the_next_checkpoint(tmp_path, monkeypatch):
+    """On a full disk it would keep the disk full."""
+    learner, real = make_learner(grpo()), checkpoint.write_tensors
+    full = [True]
+
+    def write(path: Path, tensors: Any) -> str:
+        if full and path.name == "state-00000.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", write)
+    for rank in (0, 1):
+        writer = new_saver(tmp_path, rank=rank, ranks=2)
+        writer.save(STANDING, learner, TOKENIZER)
+        writer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == [".writing-step-000003"]
+    full.clear()
+    writer = new_saver(tmp_path)
+    writer.save(replace(STANDING, step=4), learner, TOKENIZER)
+    writer.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
 
 
 def test_a_rank_that_never_comes_is_not_waited_for_for_ever(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from otcrl.errors import ConfigError
 from otcrl.manual import COMMANDS
 from otcrl.presets import presets
 from otcrl.tasks.question_answering import QuestionAnswering
+from tests.test_bad_input import ATLAS
 
 ROOT = Path(__file__).parents[1]
 GROUPS = ("dialect", "tools", "model", "engine", "reward", "algo")
@@ -275,6 +276,69 @@ def test_every_run_of_a_sweep_has_its_own_directory(demo: Path):
         "run_dir: runs/demo/1",
     ]
     assert done.stderr.splitlines()[-1] == "otcrl: 2 runs, 2 done"
+
+
+def test_every_run_of_a_sweep_begins_anew_when_that_is_asked_for(demo: Path):
+    done = run("train", "-m", "--cfg", f"conf={demo}", "seed=range(0,2)", "resume=never")
+    assert [line for line in done.stdout.splitlines() if line.startswith("resume:")] == ["resume: never"] * 2
+
+
+def test_a_run_of_a_sweep_that_is_finished_is_not_made_again(tmp_path: Path):
+    config = run_config([*ATLAS, f"run_dir={tmp_path}"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert not cli.finished_as(config, tmp_path)
+    (tmp_path / "summary.json").touch()
+    assert cli.finished_as(config, tmp_path)
+    assert cli.finished_as(config | {"name": "another"}, tmp_path)
+    assert not cli.finished_as(config | {"seed": 9}, tmp_path)
+
+
+def test_a_sweep_that_is_asked_to_end_hands_it_on_and_waits(tmp_path: Path):
+    """Else its run would go on alone, and hold the machine."""
+    code = "import signal, sys, time; "
+    child = code + "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(3))); "
+    child += "print('begun', flush=True); time.sleep(60)"
+    parent = "import sys; from otcrl.cli import in_process; "
+    parent += f"print(in_process([sys.executable, '-c', {child!r}]), flush=True)"
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.read() == "saved\n(3, True)\n"
+
+
+def test_parts_of_ones_own_are_found_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "my dir é #%20"
+    (folder / "reward").mkdir(parents=True)
+    (folder / "reward/mine.yaml").write_text("_target_: otcrl.rewards.outcome.OutcomeReward\nformat_weight: 0.5\n"
+                                             "require_well_formed: true\n")  # fmt: skip
+    monkeypatch.chdir(folder)
+    assert run_config(["conf=quickstart", "reward=mine"])["reward"]["format_weight"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("files", "words", "message"),
+    [
+        ({"a.yaml": "defaults: quickstart"}, ["conf=a.yaml"], "defaults must be a list of presets and choices"),
+        ({"a.yaml": "defaults: [quickstart, null]"}, ["conf=a.yaml"], "defaults must be a list of presets and choices"),
+        (
+            {"experiment/a.yaml": "defaults: [b]", "experiment/b.yaml": "defaults: [a]"},
+            ["conf=experiment/a.yaml"],
+            "experiment/a.yaml is based on itself",
+        ),
+        ({}, ["conf=quickstart", "scale=null"], ""),
+        ({}, ["-m", "conf=quickstart", "seed=glob(*)"], "'seed=glob(*)'"),
+    ],
+    ids=["no-list", "null", "cycle", "no-scale", "glob"],
+)
+def test_presets_and_sweeps_that_cannot_be_are_one_line(
+    files: dict[str, str], words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert message in refusal(capsys, "train", *words)
 
 
 def test_a_typo_stops_a_sweep_before_its_first_run(demo: Path, capsys: pytest.CaptureFixture[str]):

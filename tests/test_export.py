@@ -50,6 +50,7 @@ def test_a_checkpoint_is_chosen_by_its_step_or_as_the_best(run, tmp_path):
     last, before = exported(run, tmp_path / "a", "step=4"), exported(run, tmp_path / "b", "step=3")
     name = "model.embed_tokens.weight"
     assert not torch.equal(last[name], before[name])
+    assert torch.equal(exported(run, tmp_path / "by-name", "step=000003")[name], before[name])
     assert torch.equal(last[name], exported(run, tmp_path / "c")[name])
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     fewest = min(
@@ -57,6 +58,20 @@ def test_a_checkpoint_is_chosen_by_its_step_or_as_the_best(run, tmp_path):
     )
     best = exported(run, tmp_path / "d", "step=best")
     assert torch.equal(best[name], exported(run, tmp_path / "e", f"step={-fewest[1]}")[name])
+
+
+def test_a_run_may_have_an_equals_sign_in_its_name_and_goes_not_into_the_current_directory(
+    run, tmp_path, monkeypatch, capsys
+):
+    named = shutil.copytree(run, tmp_path / "seed=1")
+    exported(named, tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert cli.main(["export", str(run), "out=."]) == 2
+    assert "out=. is the current directory: name a folder in it" in capsys.readouterr().err
+    (tmp_path / "empty/here").touch()
+    assert cli.main(["train", *ATLAS, "run_dir=."]) == 2
+    assert "run_dir is the current directory, which cannot be moved aside" in capsys.readouterr().err
 
 
 def test_a_run_that_is_not_finished_gives_its_newest_checkpoint_that_is_whole(run, tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
+    Gemma2Config,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
@@ -23,16 +26,21 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
+from otcrl.errors import ConfigError
 from otcrl.models.critic import Critic
+from otcrl.models.lora import Lora
 from otcrl.models.packed_attention import Packed, by_buckets, of_rows, takes_flash
 from otcrl.models.policy import recomputing, token_logprobs
+from otcrl.models.pretrained import Pretrained
 from otcrl.models.reader import Packing, Reader
 from otcrl.models.token_logprobs import Entropy
 from otcrl.packing import lay_out
 from tests.test_token_logprobs import Sizes
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 V = 11
 CONFIGS: dict[str, Any] = {
@@ -276,6 +284,65 @@ def test_gradient_checkpointing_computes_layers_again_and_the_same_gradient(pack
 
 
 # -- which models can be packed ------------------------------------------------------------------------
+
+
+def test_a_model_whose_attention_is_capped_computes_with_the_cap(tmp_path):
+    """transformers chooses a kernel that leaves it out, and both the learner and the engine would."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
+    config = Gemma2Config(vocab_size=V, num_hidden_layers=2, num_key_value_heads=1, query_pre_attn_scalar=8, **sizes)
+    made = AutoModelForCausalLM.from_config(config)
+    for name, weight in made.named_parameters():
+        weight.data *= 30 if "q_proj" in name or "k_proj" in name else 1
+    made.save_pretrained(tmp_path)
+    tiny_tokenizer().hf.save_pretrained(tmp_path)
+    loaded, _ = Pretrained(
+        path=str(tmp_path), dtype="float32", chat=None, device="cpu", gradient_checkpointing=False
+    ).load((), 0)
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])
+    made.set_attn_implementation("eager")
+    assert torch.allclose(loaded(ids).logits, made(ids).logits, atol=1e-5)
+    assert "its attention is 'eager'" in Reader.of(loaded, "shared").why_padded
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.6, "do_sample": False}, {"temperature": 0.9, "top_p": 0.6}, {"early_stopping": True}]
+)
+def test_settings_of_generation_that_transformers_would_not_write_are_mended_when_they_are_read(
+    settings, tmp_path, capsys
+):
+    tiny_llama(V).save_pretrained(tmp_path)
+    tiny_tokenizer().hf.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 1} | settings))
+    loaded, _ = Pretrained(
+        path=str(tmp_path), dtype="float32", chat=None, device="cpu", gradient_checkpointing=False
+    ).load((), 0)
+    loaded.save_pretrained(tmp_path / "again")
+    assert loaded.generation_config.eos_token_id == 1
+    assert "generation_config.json is mended" in capsys.readouterr().err
+
+
+def test_a_model_that_fails_at_packed_rows_is_padded(tmp_path):
+    config = FalconConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=True)
+    assert Reader.of(AutoModelForCausalLM.from_config(config), "shared").why_padded
+
+
+@pytest.mark.parametrize(
+    ("targets", "why"),
+    [("all-linear", "is no linear layer"), (("q_proj", "lm_head"), "shares its weight with 'model.embed_tokens'")],
+)
+def test_adapters_that_could_not_be_merged_are_refused(targets, why):
+    pytest.importorskip("peft")
+    if targets == "all-linear":
+        sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "head_dim": 8}
+        heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+        model = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(vocab_size=V, num_experts=4, num_experts_per_tok=2, **sizes, **heads)
+        )
+    else:
+        model = tiny_llama(V, tied=True)
+    with pytest.raises(ConfigError, match=why):
+        Lora(rank=2, alpha=4, targets=targets).adapt(model, 0)
 
 
 def test_a_head_that_is_only_a_matrix_is_told_from_one_that_is_more():

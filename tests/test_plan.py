@@ -413,6 +413,10 @@ def test_what_cannot_fit_is_refused_with_the_least_change_that_does(capsys: pyte
         (["gpu=cpu"], "gpu=cpu is planned with the embedded engine: choose engine=hf"),
         (["json=no/such/dir/plan.json"], "json=no/such/dir/plan.json: No such file or directory"),
         (["nods=2"], "nods is not a setting."),
+        (["rollout.group_size=0"], "rollout.group_size must be at least 1, got 0"),
+        (["rollout.limits=null"], "rollout.limits must be a section of settings, got None"),
+        (["learner=null"], "learner must be a section of settings, got None"),
+        (["prompt_tokens=inf"], "prompt_tokens must be "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

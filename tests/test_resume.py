@@ -232,6 +232,15 @@ def test_it_goes_on_with_the_new_config_when_asked_and_remembers_both(stopped, c
     assert "update/kl" in lines(stopped / "metrics.jsonl")[2]
 
 
+def test_a_change_that_cannot_be_leaves_the_run_as_it_was(stopped, finished, capsys):
+    """Its config was written over before anybody saw that the checkpoint is another algorithm's."""
+    before = (stopped / "config.yaml").read_text()
+    assert train(stopped, *SAME, "algo=ppo", "reward.form=ppo", "resume_changed=true") != 0
+    assert (stopped / "config.yaml").read_text() == before
+    assert not [*stopped.glob("config.before-*")]
+    assert train(stopped, *SAME) == 0
+
+
 def test_what_changes_no_weight_may_change_unasked(stopped, finished):
     free = ["loop.checkpoint_every=3", "loop.keep_checkpoints=1", "loop.keep_best=reward/value", "sync.every=0"]
     free += ["loop.max_void_share=0.5", "loop.max_logprob_gap=null", "logger.console.every=2", "name=other"]
@@ -494,6 +503,26 @@ def test_what_sigterm_interrupted_is_as_if_it_had_not_been(stopped, finished, mo
     assert train(stopped, *SAME) == 0
     assert results(stopped) == results(finished)
     assert transcripts(stopped) == transcripts(finished)
+
+
+def test_sigterm_on_a_full_disk_is_no_good_end(tmp_path, monkeypatch, capsys):
+    """A cluster's script would take exit code 0 for good, and nothing is there to go on with."""
+    from otcrl.saver import Saver
+
+    real = Saver.save
+
+    def save(*args: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(*args)
+
+    def write(path: Path, tensors: Mapping[str, Tensor]) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "save", save)
+        patch.setattr(checkpoint, "write_tensors", write)
+        assert train(tmp_path / "run", "loop.steps=9", "sft.steps=0") == 1
+    assert said(capsys)[-1].startswith("error: the run ends, and checkpoint step-000001 could not be written: No space")
 
 
 # -- a full disk ------------------------------------------------------------------------------------------

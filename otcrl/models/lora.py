@@ -31,7 +31,7 @@ class Lora:
     def adapt(self, model: PreTrainedModel, seed: int) -> None:
         """Put adapters into `model`, in place; nothing but them is trained then.
 
-        Raises ConfigError without peft, or when no layer has one of the names.
+        Raises ConfigError without peft, when no layer has one of the names, and for one that cannot be merged.
         """
         if self.rank == 0:
             return
@@ -49,6 +49,27 @@ class Lora:
                 model.add_adapter(config)
             except ValueError as error:
                 raise ConfigError(f"lora.targets: {str(error).splitlines()[0]}") from error
+        check_mergeable(model)
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Raises ConfigError for an adapter beside weights that no engine could be given merged."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    for name, module in model.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        weight = getattr(module.base_layer, "_parameters", {}).get("weight")
+        why = "is no linear layer" if weight is None else ""
+        if weight is not None and len(holders[id(weight)]) > 1:
+            why = f"shares its weight with {next(h for h in holders[id(weight)] if not h.startswith(name))!r}"
+        if why:
+            raise ConfigError(
+                f"lora.targets: {name!r} {why}, so its adapter could not be merged for engines: name the layers to "
+                "adapt, e.g. [q_proj,k_proj,v_proj,o_proj]"
+            )
 
 
 @contextmanager

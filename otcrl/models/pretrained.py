@@ -53,6 +53,9 @@ class Pretrained:
         with self._unreadable():
             model = AutoModelForCausalLM.from_pretrained(self.path, dtype=getattr(torch, self.dtype))
         exact_frequencies(model)
+        make_writable(model)
+        if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+            model.set_attn_implementation("eager")  # transformers leaves it out of the others, without a word
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         model.to(device)  # pyright: ignore[reportArgumentType]  # its `self` is a protocol no model meets
@@ -87,3 +90,21 @@ class Pretrained:
                 "an existing directory" if Path(self.path).is_dir() else "neither a directory nor a hub model in reach"
             )
             raise DataError(f"model.path {self.path!r} is {known}: {str(error).splitlines()[0]}") from error
+
+
+def make_writable(model: PreTrainedModel) -> None:
+    """Mends settings of generation, which are not used here: transformers reads some that it then refuses to write."""
+    config = model.generation_config
+    for mend in (None, {"do_sample": True}, dict.fromkeys(("temperature", "top_p", "top_k", "early_stopping"))):
+        if config is None:
+            return
+        if mend is not None:
+            config.update(**mend)
+        try:
+            config.validate(strict=True)
+            return
+        except ValueError as error:
+            if mend is None:
+                tell(f"generation_config.json is mended: {str(error).splitlines()[0]}")
+    kept = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = type(config)(**kept)

@@ -164,7 +164,7 @@ def difference(model: PreTrainedModel, config: PreTrainedConfig) -> str:
     model.set_attn_implementation(PACKED_ATTENTION)
     try:
         found_UD = model.base_model(**packed.inputs()).last_hidden_state[0]
-    except TypeError as error:
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:  # as unusual models may
         return f"its forward does not hand on what packed attention needs ({error})"
     if set(windows(config)) - packed.windows:
         return "its sliding windows are not what its attention is told"

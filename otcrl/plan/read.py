@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from otcrl.construct import construct, locate
+from otcrl.construct import check_section, construct, locate
 from otcrl.errors import ConfigError, nearest
 from otcrl.plan.gpus import find_gpu
 from otcrl.plan.job import OFFLOADS, Ceilings, Job, Sampling, Training, Work
@@ -60,7 +61,7 @@ def read_settings(named: Mapping[str, str]) -> Settings:
 def check(settings: Settings) -> None:
     for name, least in (("nodes", 1), ("gpus", 1), ("tp", 1), ("lora", 0), ("zero", 0), ("prompt_tokens", 1)):
         value = getattr(settings, name)
-        if value is not None and value < least:
+        if value is not None and not least <= value < math.inf:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
     for name in ("sampled_tokens", "observed_tokens", "calls", "tool_s", "price"):
         value = getattr(settings, name)
@@ -78,6 +79,7 @@ def check(settings: Settings) -> None:
 
 def read_job(config: Config, settings: Settings) -> Job:
     """Raises ConfigError for what cannot be planned."""
+    check_sections(config)
     shape = read_model(config)
     gpu = find_gpu(settings.gpu)
     if gpu.name == "cpu" and settings.nodes * settings.gpus > 1:
@@ -96,6 +98,18 @@ def read_job(config: Config, settings: Settings) -> Job:
     )
     check_parallel(job)
     return job
+
+
+def check_sections(config: Config) -> None:
+    """Raises ConfigError for a section that is none, or a number that nothing can be divided by."""
+    for name in ("model", "engine", "loop", "rollout", "rollout.limits", "learner", "learner.deepspeed"):
+        node: Any = config
+        for key in name.split("."):
+            node = node.get(key)
+        check_section(node, name)
+    for section, key in (("loop", "problems_per_step"), ("rollout", "group_size"), ("rollout", "concurrency")):
+        if not (isinstance(value := config[section][key], int) and value >= 1):
+            raise ConfigError(f"{section}.{key} must be at least 1, got {value!r}")
 
 
 def check_parallel(job: Job) -> None:
