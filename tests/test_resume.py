@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -511,7 +512,7 @@ def test_sigterm_on_a_full_disk_is_no_good_end(tmp_path, monkeypatch, capsys):
 
     real = Saver.save
 
-    def save(*args: object) -> None:
+    def save(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         real(*args)
 

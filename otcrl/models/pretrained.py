@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from otcrl import dist
 from otcrl.errors import DataError
@@ -95,16 +95,17 @@ class Pretrained:
 def make_writable(model: PreTrainedModel) -> None:
     """Mends settings of generation, which are not used here: transformers reads some that it then refuses to write."""
     config = model.generation_config
-    for mend in (None, {"do_sample": True}, dict.fromkeys(("temperature", "top_p", "top_k", "early_stopping"))):
-        if config is None:
-            return
-        if mend is not None:
-            config.update(**mend)
+    if config is None:
+        return
+    mends: list[dict[str, Any]] = [{}, {"do_sample": True}, dict.fromkeys(("temperature", "top_p", "early_stopping"))]
+    for mend in mends:
+        for name, value in mend.items():
+            setattr(config, name, value)
         try:
             config.validate(strict=True)
             return
         except ValueError as error:
-            if mend is None:
+            if not mend:
                 tell(f"generation_config.json is mended: {str(error).splitlines()[0]}")
     kept = {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = type(config)(**kept)
