@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from otcrl import checkpoint, dist
 from otcrl.algos.mismatch import Correction
+from otcrl.checkpoint import Checkpoint
 from otcrl.compose import OF_FILES, load, to_yaml
 from otcrl.construct import Constructor, check_section, construct, construct_as, locate, wired_parts
 from otcrl.errors import ConfigError
@@ -45,7 +46,7 @@ from otcrl.preflight import (
     check_reward,
 )
 from otcrl.presets import conf_dir
-from otcrl.protocols import Algorithm, Dialect, Engine, Task, Tool
+from otcrl.protocols import Algorithm, Dialect, Engine, RewardFn, Task, Tool
 from otcrl.resume import Start, alone, earlier_steps, find_start, identities, is_done, unwritable
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.loop import Limits, Player
@@ -115,13 +116,8 @@ def start_process(cfg: Config) -> None:
 def take_up(run: Run, world: World, start: Start, bars: Bars) -> float:
     """The run stands where it begins: after its cold start, or at a checkpoint. Returns the seconds of a cold start."""
     if start.checkpoint is not None:
-        if start.cold is not None:
-            run.learner.refer_to(checkpoint.read_weights(start.cold, run.learner))
-        checkpoint.restore(start.checkpoint, run.learner)
-        run.reward.load_state_dict(start.checkpoint.standing.reward_state)
-        run.rollouts.restore(start.checkpoint.standing.frontier)
         run.saver.saved = start.step
-        return 0.0
+        return 0.0  # see `restore`
     seconds = 0.0
     if start.cold is not None:
         run.learner.load_weights(checkpoint.read_weights(start.cold, run.learner))
@@ -129,6 +125,15 @@ def take_up(run: Run, world: World, start: Start, bars: Bars) -> float:
         seconds = cold_start(run.learner, world.tokenizer, world.task, world.dialect, world.sft, run.folder, bars)
     run.learner.begin()
     return seconds
+
+
+def restore(saved: Checkpoint, cold: Path | None, learner: Learner, reward: RewardFn, rollouts: Rollouts) -> None:
+    """They stand at a checkpoint. Raises DataError where it is another model's, or another algorithm's."""
+    if cold is not None:
+        learner.refer_to(checkpoint.read_weights(cold, learner))
+    checkpoint.restore(saved, learner)
+    reward.load_state_dict(saved.standing.reward_state)
+    rollouts.restore(saved.standing.frontier)
 
 
 def run_sft(cfg: Config) -> None:
@@ -376,6 +381,8 @@ def build_run(cfg: Config, world: World, bars: Bars, start: Start, runner: async
     types = (learner.autocast, learner.policy.dtype, getattr(engine, "dtype", None))
     proof = construct_as(Proof, cfg["sync"], "sync", rounds=any(map(is_16_bit, types)))
     health = construct_as(Health, cfg["health"], "health")
+    if start.checkpoint is not None:
+        restore(start.checkpoint, start.cold, learner, reward, rollouts)
     runner.run(start_tools(world.tools))
     folder = start.folder
     with start.prepared(cfg):

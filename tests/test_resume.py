@@ -235,9 +235,10 @@ def test_it_goes_on_with_the_new_config_when_asked_and_remembers_both(stopped, c
 
 def test_a_change_that_cannot_be_leaves_the_run_as_it_was(stopped, finished, capsys):
     """Its config was written over before anybody saw that the checkpoint is another algorithm's."""
-    before = (stopped / "config.yaml").read_text()
+    before, rows = (stopped / "config.yaml").read_text(), (stopped / "metrics.jsonl").read_text()
     assert train(stopped, *SAME, "algo=ppo", "reward.form=ppo", "resume_changed=true") != 0
     assert (stopped / "config.yaml").read_text() == before
+    assert (stopped / "metrics.jsonl").read_text() == rows, "also what came after the checkpoint"
     assert not [*stopped.glob("config.before-*")]
     assert train(stopped, *SAME) == 0
 
