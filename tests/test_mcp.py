@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -427,34 +428,33 @@ def test_over_http_a_call_has_its_own_deadline_and_no_connection_to_wait_for(
         asyncio.run(server.close())
 
 
-def test_over_http_too_one_tool_that_breaks_costs_the_others_nothing(port: int):
+@contextmanager
+def raw_over_http(port: int) -> Iterator[tuple[MCPServer, Mapping[str, MCPTool]]]:
+    """The server that writes what no other would, and its tools by name."""
     process = started(port, RAW)
     server = replace(serving(), command=[], url=f"http://127.0.0.1:{port}/mcp")
-    tools = {tool.name: tool for tool in server.tools()}
-    link = server._line._link
     try:
+        yield server, {tool.name: tool for tool in server.tools()}
+    finally:
+        process.kill()
+        process.wait()
+        asyncio.run(server.close())
+
+
+def test_over_http_too_one_tool_that_breaks_costs_the_others_nothing(port: int):
+    with raw_over_http(port) as (server, tools):
+        link = server._line._link
         with pytest.raises(ToolUnavailable, match="failed in one call: it broke"):
             run(tools["broken"], {})
         assert run(tools["fine"], {}) == ToolResult("fine")
         assert server._line._link is link
-    finally:
-        process.kill()
-        process.wait()
-        asyncio.run(server.close())
 
 
 @pytest.mark.parametrize("tool", ["half", "bytes"])
 def test_an_answer_over_http_that_cannot_be_read_is_an_observation(port: int, tool: str):
-    process = started(port, RAW)
-    server = replace(serving(), command=[], url=f"http://127.0.0.1:{port}/mcp")
-    tools = {tool.name: tool for tool in server.tools()}
-    link = server._line._link
-    try:
+    with raw_over_http(port) as (server, tools):
+        link = server._line._link
         unread = ToolResult("Error: what the tool returned cannot be read", Outcome.MODEL_ERROR)
         assert run(tools[tool], {}) == unread
         assert run(tools["fine"], {}) == ToolResult("fine")
         assert server._line._link is link
-    finally:
-        process.kill()
-        process.wait()
-        asyncio.run(server.close())
