@@ -250,6 +250,16 @@ def test_a_parameter_that_was_never_taken_is_named_at_the_first_publication_alre
         deliver(publisher.prepare(moved(learner, 1), 2), here)
 
 
+def test_a_value_that_vllm_has_made_up_may_be_the_true_one(learner, publisher):
+    """As for norms, which vLLM 0.33 makes up as 1, and which a model that was never trained has so too."""
+    here, keeping = (Worker(load_format="dummy", keep=keep) for keep in ("", "model.norm.weight"))
+    for worker in (here, keeping):
+        worker.model_runner.model.load_state_dict(learner.state_dict())
+    deliver(publisher.prepare(learner.named_parameters(), 0), here)
+    with pytest.raises(EngineError, match="worker 0 has not taken model.norm.weight"):
+        deliver(publisher.prepare(learner.named_parameters(), 0), keeping)
+
+
 def test_a_parameter_that_the_learner_did_not_change_may_stay(learner, publisher):
     here = Worker()
     deliver(publisher.prepare(learner.named_parameters(), 0), here)

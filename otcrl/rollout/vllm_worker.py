@@ -62,14 +62,16 @@ class Receiver:
         If they have not arrived after `limit_s`, they will not: then the group that they come in is left, so that
         whoever waits for them in this worker goes on.
         """
+        if self._otcrl_blank is None:
+            self._otcrl_blank = {}
+            if self.vllm_config.load_config.load_format == "dummy":  # what vLLM makes up may be true: norms begin as 1
+                self.otcrl_forget()
         self._otcrl_before = {name: fingerprint(parameter) for name, parameter in self._otcrl_parameters()}
         if limit_s is not None:
             self._otcrl_limit.cancel()
             self._otcrl_limit = threading.Timer(limit_s, self.otcrl_leave)
             self._otcrl_limit.daemon = True
             self._otcrl_limit.start()
-        if self._otcrl_blank is None:  # made up by vLLM, with `--load-format dummy`
-            self._otcrl_blank = self._otcrl_before if self.vllm_config.load_config.load_format == "dummy" else {}
 
     def otcrl_forget(self) -> None:
         """The weights were dropped (sleep level 2): one that does not come again shall not pass for what it was."""
