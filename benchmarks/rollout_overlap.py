@@ -1,6 +1,6 @@
 """Tools that take a second and an engine that is always busy: what overlapping the two is worth.
 
-64 trajectories of 3 tool calls each on a real engine, four ways:
+64 trajectories of 3 tool calls each, 8 of each prompt, on a real engine, four ways:
 
     ours         the Collector: a trajectory goes on as soon as its own tool has answered
     synchronous  all trajectories generate, then all tools run at once, then all generate: the same engine and tokens
@@ -38,6 +38,7 @@ class Overlap:
     model: str
     engine: str  # vllm | hf
     trajectories: int
+    group: int = 8  # trajectories of each prompt
     decoding: int = 16  # at a time: what is computed is bound by arithmetic here, and each is done the sooner
     calls: int = 3
     turn_tokens: int = 16
@@ -49,7 +50,7 @@ class Overlap:
 
 def make_engine(work: Overlap) -> tuple[Finishes, PreTrainedModel, Endless]:
     model, tokenizer = EndlessModel(path=work.model).load()
-    more = {"options": {"enforce_eager": True}} if work.engine == "vllm" else {}
+    more = {"dtype": "bfloat16"} if work.engine == "vllm" else {}  # as on GPUs
     size = {"context": 1024, "max_sequences": work.decoding, "batch_tokens": 1024}
     engine = part(f"engine/{work.engine}", {"model": model, "tokenizer": tokenizer}, **size, **more)
     return Finishes(engine=engine), model, tokenizer
@@ -90,7 +91,8 @@ async def seconds(work: Awaitable[int]) -> tuple[float, int]:
 async def measure(work: Overlap, rounds: int) -> tuple[list[Row], dict[str, float]]:
     engine, model, tokenizer = make_engine(work)
     tool = SlowSearch(median_s=work.median_s, sigma=work.sigma, result=passage(work.observation_tokens, tokenizer))
-    problems = Questions(length=work.question_words).sample(0, work.trajectories)
+    prompts = Questions(length=work.question_words).sample(0, work.trajectories // work.group)
+    problems = [problem for problem in prompts for _ in range(work.group)]
     found: dict[str, list[float]] = {"ours": [], "synchronous": [], "engine only": [], "longest": []}
     tokens: dict[str, int] = {}
     spans: list[float] = []  # seconds that the tools of each trajectory take

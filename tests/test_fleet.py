@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
 
 from otcrl.rollout.fleet import Fleet
 from otcrl.rollout.vllm_servers import VLLMServers
@@ -20,7 +21,7 @@ from tests.tiny import tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 SETTINGS = {
-    "logprobs_mode": "processed_logprobs", "generation_config": "vllm", "policy": "priority", "data_parallel": 1,
+    "logprobs_mode": "processed_logprobs", "generation_config": "vllm", "policy": "priority",
     "context": 512, "max_sequences": 64, "batch_tokens": 1024, "weight_transfer": None, "dtype": "float32",
 }  # fmt: skip
 
@@ -31,6 +32,7 @@ class Standing:
 
     late_s: float = 0.0  # for the answer that version 1 is there; as vLLM it goes on though nobody listens
     worker: Worker = field(default_factory=Worker)
+    refuses: int = 0  # requests that it takes for late, as vLLM 0.33 does while it is paused
     heard: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -40,6 +42,7 @@ class Standing:
         app = FastAPI()
         app.get("/version")(lambda: {"version": "0.32.0"})
         app.get("/health")(lambda: None)
+        app.get("/get_world_size")(lambda: {"world_size": 1})
         for path in ("/pause", "/resume", "/reset_prefix_cache"):
             app.post(path)(lambda path=path: self.heard.append(path) or {"success": True})
 
@@ -58,10 +61,15 @@ class Standing:
             return {"results": [report]}
 
         @app.post("/v1/completions")
-        async def complete() -> dict[str, Any]:
+        async def complete() -> JSONResponse:
+            self.heard.append("/v1/completions")
+            if self.refuses:
+                self.refuses -= 1
+                error = {"message": "Generation is paused. Please retry after it resumes.", "code": 503}
+                return JSONResponse({"error": error | {"type": "ServiceUnavailableError"}}, 503)
             await asyncio.sleep(0.2)
             choice = {"token_ids": [5], "logprobs": {"token_logprobs": [0.0]}, "finish_reason": "length"}
-            return {"choices": [choice]}
+            return JSONResponse({"choices": [choice]})
 
         return app
 
@@ -120,6 +128,17 @@ def test_a_server_whose_connection_broke_is_in_again_though_weights_are_not_kept
 
     with_engine(standing, lose)
     assert standing.heard.count("otcrl_load_file") == 1
+
+
+def test_a_server_that_takes_no_requests_while_it_is_paused_stays_in():
+    standing = Standing(refuses=2)
+
+    async def ask(engine: VLLMServers) -> None:
+        assert await generate(engine, 1) == [5]
+        assert engine._fleet.servers[0].losses == 0
+
+    with_engine(standing, ask)
+    assert standing.heard.count("/v1/completions") == 3
 
 
 def test_a_server_without_the_version_stays_out_where_weights_are_not_kept():

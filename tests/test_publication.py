@@ -256,7 +256,7 @@ def test_a_value_that_vllm_has_made_up_may_be_the_true_one(learner, publisher):
     for worker in (here, keeping):
         worker.model_runner.model.load_state_dict(learner.state_dict())
     deliver(publisher.prepare(learner.named_parameters(), 0), here)
-    with pytest.raises(EngineError, match="worker 0 has not taken model.norm.weight"):
+    with pytest.raises(EngineError, match=r"worker 0 has not taken model\.norm\.weight"):
         deliver(publisher.prepare(learner.named_parameters(), 0), keeping)
 
 

@@ -252,6 +252,20 @@ def test_a_trajectory_under_way_goes_on_with_the_new_weights_and_says_which_toke
         assert apart(c.logprobs, expected) < 1e-4
 
 
+def test_a_request_that_comes_while_vllm_is_paused_is_answered_when_it_goes_on(known):
+    """Until 0.33 vLLM keeps it, from then on it refuses it."""
+
+    async def main() -> Completion:
+        await known.engine._llm.pause_generation(mode="abort")
+        asking = asyncio.create_task(known.generate(max_tokens=4))
+        await asyncio.sleep(0.3)
+        assert not asking.done()
+        await known.engine._llm.resume_generation()
+        return await asking
+
+    assert len(known.run(main()).token_ids) == 4
+
+
 def test_the_prefix_cache_does_not_outlive_the_weights(known):
     """A long prompt is cached in blocks; the answer must be of the new weights from its first token on."""
     long = (PROMPT * 30)[:200]
@@ -580,6 +594,36 @@ def test_a_request_that_vllm_cannot_answer_ends_the_run_with_its_reason():
             llm.refusal, llm.cause = refusal, cause
             with pytest.raises(EngineError, match=f"vLLM could not answer a request: {expected}"):
                 await engine.generate(PROMPT, session="s", stop=(), max_tokens=1, temperature=1.0, seed=1)
+        await engine.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_request_that_reaches_a_paused_vllm_is_made_again(monkeypatch):
+    """From 0.33 it refuses them; the gate was still open when they set out."""
+    from vllm import exceptions
+
+    class Paused(Exception): ...
+
+    monkeypatch.setattr(exceptions, "RetryableRequestError", Paused, raising=False)
+    llm = Talker()
+    llm.refusal = Paused("Generation is paused. Please retry after it resumes.")
+
+    async def main() -> None:
+        engine = make(fresh_model())
+        engine._construct = lambda folder: llm  # pyright: ignore[reportAttributeAccessIssue]
+        await engine.load_weights(engine.model.named_parameters(), 1)
+        asking = asyncio.create_task(
+            engine.generate(PROMPT, session="s", stop=(), max_tokens=1, temperature=1.0, seed=1)
+        )
+        while "generate" not in llm.heard:
+            await asyncio.sleep(0)
+        engine._gate.close()
+        await asyncio.sleep(0.1)
+        assert llm.heard.count("generate") <= 2, "it waits for the gate"
+        llm.refusal = None
+        engine._gate.open()
+        assert (await asking).token_ids == [5]
         await engine.close()
 
     asyncio.run(asyncio.wait_for(main(), 60))

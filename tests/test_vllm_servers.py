@@ -333,14 +333,15 @@ def test_one_that_is_not_there_does_not_keep_the_other_from_working(known):
 def pretends(**otherwise: Any) -> FastAPI:
     """A server that answers as vLLM 0.32 does when asked how it was started: as it should be but for `otherwise`."""
     settings = {
-        "logprobs_mode": "processed_logprobs", "generation_config": "vllm", "policy": "priority", "data_parallel": 1,
-        "context": 512, "max_sequences": 64, "batch_tokens": 1024, "weight_transfer": None, "version": "0.32.0",
-        "dtype": "float32",
+        "logprobs_mode": "processed_logprobs", "generation_config": "vllm", "policy": "priority", "context": 512,
+        "max_sequences": 64, "batch_tokens": 1024, "weight_transfer": None, "version": "0.32.0", "dtype": "float32",
+        "all_workers": 1, "has_routes": True,
     } | otherwise  # fmt: skip
     app = FastAPI()
     app.get("/version")(lambda: {"version": settings["version"]})
     app.get("/health")(lambda: None)
-    if settings["data_parallel"] is not None:
+    app.get("/get_world_size")(lambda: {"world_size": settings["all_workers"]})
+    if settings["has_routes"]:
         app.post("/collective_rpc")(lambda: {"results": [settings]})
     return app
 
@@ -351,9 +352,9 @@ def pretends(**otherwise: Any) -> FastAPI:
         ({"logprobs_mode": "raw_logprobs"}, "--logprobs-mode processed_logprobs; its logprobs_mode is raw_logprobs"),
         ({"generation_config": "auto"}, "--generation-config vllm; its generation_config is auto"),
         ({"policy": "fcfs"}, "--scheduling-policy priority; its policy is fcfs"),
-        ({"data_parallel": 2}, "one server for each copy of the model, without --data-parallel-size"),
+        ({"all_workers": 2}, "without --data-parallel-size, and one for each copy of the model"),
         ({"dtype": "bfloat16"}, "--dtype float32, or set engine.dtype=bfloat16, which it has"),
-        ({"data_parallel": None}, "VLLM_SERVER_DEV_MODE=1 in its environment"),
+        ({"has_routes": False}, "VLLM_SERVER_DEV_MODE=1 in its environment"),
         ({"context": 256}, "--max-model-len 512; engine.context asks for more than 256"),
         ({"version": "0.19.1"}, "runs vLLM 0.19.1, and otcrl works with 0.20 to 0.33"),
     ],
@@ -430,7 +431,7 @@ def test_a_server_that_was_too_busy_for_new_weights_samples_no_more_from_the_old
 
 
 def test_without_the_extension_a_server_is_told_so(tmp_path):
-    app = pretends(data_parallel=None)
+    app = pretends(has_routes=False)
 
     @app.post("/collective_rpc")
     def none_such() -> JSONResponse:

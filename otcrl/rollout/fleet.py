@@ -103,8 +103,9 @@ class Fleet:
         self, server: Server, method: str, path: str, body: object = None, *, timeout_s: float = ANSWER_S
     ) -> Response:
         """The same, whatever the answer."""
+        until = time.monotonic() + LONGEST_S
         sending = self._http.send(
-            server.url, method, path, body, deadline=time.monotonic() + LONGEST_S, timeout_s=timeout_s
+            server.url, method, path, body, deadline=until, timeout_s=timeout_s, is_busy=is_paused
         )
         asking = asyncio.ensure_future(sending)
         server.asked.add(asking)
@@ -156,6 +157,11 @@ class Fleet:
 
     async def close(self) -> None:
         await self._http.close()
+
+
+def is_paused(response: Response) -> bool:
+    """Whether vLLM refused a request because it is paused (from 0.33; before, it kept such requests)."""
+    return response.status_code == 503 and "ServiceUnavailableError" in response.text
 
 
 def share_of_rank(urls: Sequence[str], environment: Mapping[str, str] = os.environ) -> list[str]:

@@ -7,8 +7,9 @@ the differences between its versions (0.20 to 0.33). What it relies on, found by
 - `generation_config` of a checkpoint sets top-p and top-k behind one's back: "vllm" turns that off.
 - A stop string cuts the text in the middle of a token; the ids keep the whole token, and only ids are used here.
 - Unseeded requests may share a random stream: every request has a seed of its own.
-- A paused scheduler still accepts requests. Publication ends whatever is in flight and submits it again afterwards, so
-  that each token's version is known, and its prefix is computed with the weights that sample the token.
+- A paused scheduler still accepts requests, before 0.33; from then on it refuses them. Publication ends whatever is in
+  flight and submits it again afterwards, so that each token's version is known, and its prefix is computed with the
+  weights that sample the token.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 
 STARTS = 4  # of one revival, at most
 AGAIN_S = 10.0  # after the first that failed; twice and three times as long after the next
+AGAIN_SOON_S = 0.01  # after a request that came while vLLM paused; then the gate is closed
 
 
 @dataclass(kw_only=True)
@@ -160,9 +162,10 @@ class VLLMEngine:
 
     async def _submit(self, ids: list[int], params: Any, session: str, priority: int) -> tuple[RequestOutput, int]:
         """What became of the request, and the weights that it ran under; again if the engine dies of it or with it."""
-        from vllm.exceptions import VLLMValidationError
+        from vllm import exceptions
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+        paused: Any = getattr(exceptions, "RetryableRequestError", ())  # from 0.33
         while True:
             await self._ready()
             llm, version = self._llm, self.version
@@ -176,9 +179,12 @@ class VLLMEngine:
                     final = output
                 assert final is not None, "a request ends with an output"
                 return final, version
+            except paused:
+                await asyncio.sleep(AGAIN_SOON_S)
+                continue
             except EngineDeadError as error:
                 dead = error
-            except (EngineGenerateError, VLLMValidationError, ValueError) as error:
+            except (EngineGenerateError, exceptions.VLLMValidationError, ValueError) as error:
                 cause = error.__cause__ or error  # vLLM's own may say nothing
                 raise EngineError(f"vLLM could not answer a request: {type(cause).__name__}: {cause}") from error
             finally:

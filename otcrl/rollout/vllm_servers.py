@@ -44,7 +44,6 @@ EXACTLY = {  # as `Receiver.otcrl_settings` names it -> the value, and how to ge
     "logprobs_mode": ("processed_logprobs", "--logprobs-mode processed_logprobs"),
     "generation_config": ("vllm", "--generation-config vllm"),
     "policy": ("priority", "--scheduling-policy priority"),
-    "data_parallel": (1, "one server for each copy of the model, without --data-parallel-size"),
 }
 AT_LEAST = {"context": "--max-model-len", "max_sequences": "--max-num-seqs", "batch_tokens": "--max-num-batched-tokens"}
 NCCL = """--weight-transfer-config '{"backend": "nccl"}'"""
@@ -250,7 +249,13 @@ class VLLMServers:
             raise EngineError(f"{start} VLLM_SERVER_DEV_MODE=1 in its environment")
         if response.is_error and "otcrl_settings" in response.text:
             raise EngineError(f"{start} --worker-extension-cls {EXTENSION}")
-        settings = (await self._fleet.rpc(server, "otcrl_settings"))[0]
+        workers = await self._fleet.rpc(server, "otcrl_settings")
+        if (await self._fleet.ask(server, "GET", "/get_world_size")).json()["world_size"] != len(workers):
+            raise EngineError(
+                f"{server.url}: start the server without --data-parallel-size, and one for each copy of the model: of "
+                "several in one, only the first says which weights it has"
+            )
+        settings = workers[0]
         for name, (value, flag) in EXACTLY.items():
             if settings[name] != value:
                 raise EngineError(f"{start} {flag}; its {name} is {settings[name]}")

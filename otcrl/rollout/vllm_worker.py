@@ -56,8 +56,9 @@ class Receiver:
         """The version of the loaded weights."""
         return {"version": self.otcrl_version}
 
-    def otcrl_remember(self, limit_s: float | None = None) -> None:
-        """Before weights come another way (NCCL): what there is now.
+    def otcrl_remember(self, limit_s: float | None = None) -> bool:
+        """Before weights come another way (NCCL): what there is now. Whether an update that nobody ended has left
+        parameters without memory.
 
         If they have not arrived after `limit_s`, they will not: then the group that they come in is left, so that
         whoever waits for them in this worker goes on.
@@ -72,6 +73,7 @@ class Receiver:
             self._otcrl_limit = threading.Timer(limit_s, self.otcrl_leave)
             self._otcrl_limit.daemon = True
             self._otcrl_limit.start()
+        return any(parameter.is_meta for parameter in self.model_runner.get_model().parameters())
 
     def otcrl_forget(self) -> None:
         """The weights were dropped (sleep level 2): one that does not come again shall not pass for what it was."""
@@ -120,7 +122,6 @@ class Receiver:
             "context": config.model_config.max_model_len,
             "max_sequences": config.scheduler_config.max_num_seqs,
             "batch_tokens": config.scheduler_config.max_num_batched_tokens,
-            "data_parallel": config.parallel_config.data_parallel_size,
             "weight_transfer": None if transfer is None else transfer.backend,
         }
 
@@ -137,7 +138,7 @@ class Receiver:
     def _otcrl_parameters(self) -> Iterable[tuple[str, Tensor]]:
         """Those that still lie here as such; on CPU repacked ones do not."""
         named = self.model_runner.get_model().named_parameters()
-        return ((name, parameter.detach()) for name, parameter in named if parameter.numel())
+        return ((name, parameter.detach()) for name, parameter in named if parameter.numel() and not parameter.is_meta)
 
 
 def holds(dtype: torch.dtype, sent: str) -> bool:

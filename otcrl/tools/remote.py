@@ -161,9 +161,13 @@ class Servers:
         deadline: float,
         timeout_s: float | None = None,
         is_failure: Callable[[Response], bool | str] = never,
+        is_busy: Callable[[Response], bool] = never,
         read: Read = whole,
     ) -> Response:
-        """One attempt at one server; `is_failure` may say why. Raises ServerBusy or ServerLost."""
+        """One attempt at one server; `is_failure` may say why, `is_busy` names refusals for now, beside 429.
+
+        Raises ServerBusy or ServerLost.
+        """
         import httpx
 
         server, left = self._servers[url], max(0.001, deadline - time.monotonic())
@@ -183,8 +187,8 @@ class Servers:
                     say_full()
                     raise ServerBusy from None
                 raise self._lost(server, f"{type(error).__name__} {error}".strip()) from error
-        if response.status_code == 429:
-            server.failures, server.last_failure = 0, "it is busy (HTTP 429)"
+        if response.status_code == 429 or is_busy(response):
+            server.failures, server.last_failure = 0, f"it is busy (HTTP {response.status_code})"
             server.not_before = time.monotonic() + retry_after(response)
             raise ServerBusy
         if why := response.status_code in DOWN or is_failure(response):
