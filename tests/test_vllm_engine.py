@@ -35,6 +35,7 @@ from otcrl.rollout.publication import Message, Publisher
 from otcrl.rollout.submission import Part, before_half_stop, complete, sampling
 from otcrl.rollout.vllm_engine import VLLMEngine
 from otcrl.rollout.vllm_launch import arguments, check_settings, check_vllm, child_environment, visible
+from otcrl.rollout.vllm_worker import Receiver
 from tests.test_bad_input import ROOT
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -194,7 +195,8 @@ def test_the_context_is_never_exceeded(known):
         ({"ids": [5] * 256}, "a prompt must have 1 to 255 tokens"),
         ({"stop": ("",)}, "stop string must not be empty"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
-        ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
+        ({"temperature": -1.0}, "temperature must be 0 or at least 0.01, which vLLM would use instead, got -1.0"),
+        ({"temperature": 0.005}, "temperature must be 0 or at least 0.01, which vLLM would use instead, got 0.005"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused(known, settings, expected):
@@ -435,6 +437,86 @@ def test_an_engine_that_dies_while_it_is_given_weights_is_started_again_and_give
         await engine.close()
 
     asyncio.run(asyncio.wait_for(main(), 900))
+
+
+# -- loads that fail in the middle, on vLLM's own code for loading layer by layer --------------------------------
+
+
+class Fused(torch.nn.Linear):
+    """Three parameters of the learner are one here, as q, k and v are."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 6, bias=False)
+        cast(Any, self.weight).weight_loader = lambda param, loaded, part: param.data[2 * part :][:2].copy_(loaded)
+
+
+class Loading(Receiver):
+    """Its worker, as much as loads."""
+
+    def __init__(self) -> None:
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        self.code, self.model = layerwise, torch.nn.Sequential(Fused(), torch.nn.Linear(2, 2, bias=False))
+        cast(Any, self.model[1].weight).weight_loader = lambda param, loaded: param.data.copy_(loaded)
+        layerwise.record_metadata_for_reloading(self.model.requires_grad_(False))
+        self.model_runner = SimpleNamespace(get_model=lambda: self.model)
+        self.vllm_config = SimpleNamespace(
+            load_config=SimpleNamespace(load_format="auto"), model_config=SimpleNamespace(dtype=torch.float32)
+        )
+
+    def begin(self) -> None:
+        self.code.initialize_layerwise_reload(self.model)
+
+    def reload_weights(self, weights_iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self.begin()
+        own: dict[str, Any] = dict(self.model.named_parameters())
+        for name, tensor in weights_iterator:
+            where, _, part = name.partition(":")
+            own[where].weight_loader(own[where], tensor, *([int(part)] if part else []))
+        self.code.finalize_layerwise_reload(self.model, self.vllm_config.model_config)
+
+    def load(self, version: int, most: int = 4) -> dict[str, Any]:
+        """Weights that are all `version`; with `most` below 4 no memory is left after so many."""
+
+        def weights() -> Iterator[tuple[str, torch.Tensor]]:
+            for name in ("0.weight:0", "0.weight:1", "0.weight:2", "1.weight")[:most]:
+                yield name, torch.full((2, 2), float(version))
+            if most < 4:
+                raise MemoryError
+
+        return self._otcrl_load(weights(), version, ["float32"])
+
+
+def no_memory(*given: object) -> None:
+    raise MemoryError
+
+
+@pytest.mark.parametrize("others", [0, 1], ids=["the next load", "one after another that was begun"])
+@pytest.mark.parametrize("where", ["between the parts of a layer", "when a layer gets memory"])
+def test_a_load_that_fails_in_the_middle_spoils_nothing_of_the_next(where, others, monkeypatch):
+    worker = Loading()
+    first = worker.model[0].weight  # where CUDA graphs read it
+    worker.load(1)
+    with monkeypatch.context() as patch:
+        if where == "when a layer gets memory":
+            patch.setattr(worker.code, "materialize_layer", no_memory)
+        with pytest.raises(MemoryError):
+            worker.load(2, most=1 if where == "between the parts of a layer" else 4)
+    for _ in range(others):
+        worker.otcrl_remember()
+        worker.begin()
+    report = worker.load(3)
+    assert report["blank"] == report["unchanged"] == []
+    assert all(bool((p == 3).all()) for p in worker.model.parameters())
+    assert worker.model[0].weight is first
+
+
+def test_a_parameter_that_was_left_without_memory_is_named():
+    worker = Loading()
+    worker.load(1)
+    worker.otcrl_remember()
+    worker.begin()
+    assert worker.otcrl_arrived(2, ["float32"])["blank"] == ["0.weight", "1.weight"]
 
 
 # -- sharing a GPU, without one --------------------------------------------------------------------------
@@ -912,6 +994,13 @@ def test_vllm_does_not_take_the_ranks_of_a_training_job_for_its_own(monkeypatch)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "3"
         assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "2"
     assert dict(os.environ) == before
+
+
+def test_vllm_is_no_fork_of_a_trainer_that_may_have_asked_for_gpus(monkeypatch):
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    with child_environment(None, cpu_cache_gib=1, folder=Path("/x")):
+        assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+    assert "VLLM_WORKER_MULTIPROC_METHOD" not in os.environ
 
 
 def test_vllms_sockets_lie_in_the_engines_folder_unless_the_path_would_be_too_long(monkeypatch):

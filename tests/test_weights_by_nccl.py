@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,7 +132,6 @@ class Receiving:
     fails: str = ""  # at this route
     lost_at: str = ""  # this route
     updating: bool = False  # an update is open
-    is_whole: bool = True  # False: an update was ended in the middle, and has left parameters without memory
     heard: list[tuple[str, Any]] = field(default_factory=list)
 
     def app(self) -> FastAPI:
@@ -143,8 +142,6 @@ class Receiving:
         async def rpc(request: Request) -> dict[str, Any]:
             body = await request.json()
             self.heard.append((body["method"], body["args"]))
-            if body["method"] == "otcrl_remember":
-                return {"results": [self.updating or not self.is_whole] * self.workers}
             report = {"version": (body["args"] or [None])[0], "damaged": [], "unchanged": list(self.unchanged)}
             return {"results": [report] * self.workers}
 
@@ -159,7 +156,7 @@ class Receiving:
                 starts = route == "start_weight_update"
                 if starts == self.updating:
                     return JSONResponse({"message": "a weight update is already active, or none is"}, 500)
-                self.updating, self.is_whole = starts, not starts
+                self.updating = starts
             return JSONResponse({"message": "out of memory"}, 500 if route == self.fails else 200)
 
         app.get("/health")(lambda: None)
@@ -362,66 +359,7 @@ def test_an_update_that_a_trainer_left_open_when_it_died_is_ended_first():
     server = Receiving(updating=True)
     publish([server], Group(), 0)
     start, finish = "start_weight_update", "finish_weight_update"
-    assert [route for route in server.routes() if route in (start, finish)] == [finish, start, finish]
-
-
-def test_the_memory_that_an_update_took_away_comes_back_when_another_is_ended():
-    """vLLM takes one that failed for ended, whatever it has left behind."""
-    server = Receiving(is_whole=False)
-    publish([server], Group(), 0)
-    start, finish, remember = "start_weight_update", "finish_weight_update", "otcrl_remember"
-    told = [route for route in server.routes() if route in (start, finish, remember)]
-    assert told == [remember, finish, start, finish, remember, start, finish]
-
-
-def test_vllms_own_worker_is_whole_again_then(monkeypatch):
-    """Its sessions and its loading layer by layer, around a small model; only what receives is pretended."""
-    workers = pytest.importorskip("vllm.v1.worker.gpu_worker", reason="needs vLLM")
-    if not hasattr(workers.Worker, "_start_weight_update"):
-        pytest.skip("this vLLM has no sessions, or other ones")
-    from vllm.model_executor.model_loader.reload import layerwise
-
-    monkeypatch.setattr(workers, "set_current_vllm_config", lambda config: nullcontext())
-    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
-    layerwise.record_metadata_for_reloading(model)
-    new = [(name, torch.full_like(p, number + 1.0)) for number, (name, p) in enumerate(model.named_parameters())]
-
-    class Transfer:
-        start_weight_update = staticmethod(lambda: layerwise.initialize_layerwise_reload(model))
-        finish_weight_update = staticmethod(lambda: layerwise.finalize_layerwise_reload(model, None))
-        reset_weight_update_target = staticmethod(lambda: None)
-        most = 1  # parameters that arrive
-
-        def update_weights(self, info: object) -> None:
-            for name, tensor in new[: self.most]:
-                parameter: Any = model.get_parameter(name)
-                parameter.weight_loader(parameter, tensor)
-            if self.most < len(new):
-                raise AttributeError("'NoneType' object has no attribute 'broadcast'")
-
-    class Worker(Receiver, workers.Worker):
-        def __init__(self) -> None:
-            self.vllm_config = SimpleNamespace(load_config=SimpleNamespace(load_format="auto"))
-            self.model_runner = SimpleNamespace(get_model=lambda: model, reset_lora_state=lambda: None)
-            self.weight_transfer_engine = Transfer()
-            self._weight_update_active = self._weight_update_is_draft = False
-
-    worker = Worker()
-    assert not worker.otcrl_remember()
-    worker.start_weight_update()
-    with pytest.raises(AttributeError, match="broadcast"):
-        worker.update_weights({})
-    with pytest.raises(RuntimeError):
-        worker.finish_weight_update()
-    assert worker.otcrl_remember(), "parameters are away"
-    worker.start_weight_update()
-    worker.finish_weight_update()
-    assert not worker.otcrl_remember()
-    worker.weight_transfer_engine.most = len(new)
-    worker.start_weight_update()
-    worker.update_weights({})
-    worker.finish_weight_update()
-    assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in new)
+    assert [route for route in server.routes() if route in (start, finish)] == [start, finish, start, finish]
 
 
 def test_one_that_lets_no_update_begin_is_named():
@@ -537,7 +475,7 @@ class WakesUp(Receiving):
         async def once(request: Request, go_on: Any) -> Any:
             answer = await go_on(request)
             if request.url.path == f"/{self.fails}":
-                self.fails, self.updating = "", False
+                self.fails = ""
             return answer
 
         return app
@@ -562,8 +500,7 @@ def test_a_server_that_is_lost_in_a_broadcast_is_left_out_and_all_is_sent_anew(f
     assert group.first.over.is_set(), "nobody waits in it any more"
     assert all(torch.equal(a, p) for a, p in zip(group.arrived, MODEL.parameters(), strict=True))
     once = ["otcrl_remember", "start_weight_update", "otcrl_leave", "init_weight_transfer_engine", "update_weights"]
-    ends = ["finish_weight_update", *(["start_weight_update", "finish_weight_update"] if fails else [])]
-    assert servers[0].routes() == [*once, *ends, *once, "finish_weight_update", "otcrl_arrived"]
+    assert servers[0].routes() == [*once, "finish_weight_update", *once, "finish_weight_update", "otcrl_arrived"]
 
 
 def test_a_parameter_that_arrived_in_a_broadcast_that_failed_may_stay_in_the_next():

@@ -17,6 +17,7 @@ from otcrl.errors import EngineError
 from otcrl.protocols import Completion, Tokenizer
 
 RESETS, RESET_S = 20, 0.1  # tries to empty the prefix cache after a publication, and seconds between them
+COLDEST = 0.01  # temperature above 0 of a request to vLLM; it raises a lower one to that, without a word
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +92,10 @@ def check_request(
         raise EngineError("a stop string must not be empty")
     if max_tokens < 1:
         raise EngineError(f"max_tokens must be at least 1, got {max_tokens}")
-    if temperature < 0:
-        raise EngineError(f"temperature must be 0 or more, got {temperature}")
+    if not (temperature == 0 or temperature >= COLDEST):
+        raise EngineError(
+            f"temperature must be 0 or at least {COLDEST}, which vLLM would use instead, got {temperature}"
+        )
 
 
 def sampling(

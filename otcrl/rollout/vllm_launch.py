@@ -199,6 +199,7 @@ def child_environment(devices: Sequence[int] | None, cpu_cache_gib: float, folde
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_KVCACHE_SPACE": str(math.ceil(cpu_cache_gib)),
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # the trainer waits while the engine works
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process that has asked for GPUs cannot use them
     }
     if len(os.fsencode(folder)) + SOCKET <= LONGEST:
         defaults["VLLM_RPC_BASE_PATH"] = str(folder)

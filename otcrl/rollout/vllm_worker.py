@@ -7,6 +7,7 @@ CPU too, where linear layers are repacked after loading and `model.load_weights`
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType
@@ -56,13 +57,13 @@ class Receiver:
         """The version of the loaded weights."""
         return {"version": self.otcrl_version}
 
-    def otcrl_remember(self, limit_s: float | None = None) -> bool:
-        """Before weights come another way (NCCL): what there is now. Whether an update that nobody ended has left
-        parameters without memory.
+    def otcrl_remember(self, limit_s: float | None = None) -> None:
+        """Before weights come another way (NCCL): what there is now.
 
         If they have not arrived after `limit_s`, they will not: then the group that they come in is left, so that
         whoever waits for them in this worker goes on.
         """
+        end_broken_load(self.model_runner.get_model())
         if self._otcrl_blank is None:
             self._otcrl_blank = {}
             if self.vllm_config.load_config.load_format == "dummy":  # what vLLM makes up may be true: norms begin as 1
@@ -73,7 +74,6 @@ class Receiver:
             self._otcrl_limit = threading.Timer(limit_s, self.otcrl_leave)
             self._otcrl_limit.daemon = True
             self._otcrl_limit.start()
-        return any(parameter.is_meta for parameter in self.model_runner.get_model().parameters())
 
     def otcrl_forget(self) -> None:
         """The weights were dropped (sleep level 2): one that does not come again shall not pass for what it was."""
@@ -90,12 +90,13 @@ class Receiver:
         now, blank = {name: fingerprint(p) for name, p in here.items()}, self._otcrl_blank or {}
         rounds = {module_of(name) for name, p in here.items() if not all(holds(p.dtype, sent) for sent in types)}
         exact = [name for name in here if module_of(name) not in rounds]  # its scales may stay, too
+        without = [name for name, p in self.model_runner.get_model().named_parameters() if p.is_meta]  # memory
         self.otcrl_version = version
         return {
             "version": version,
             "damaged": [],
             "unchanged": [name for name in exact if self._otcrl_before.get(name) == now[name]],
-            "blank": [name for name in here if blank.get(name) == now[name]],
+            "blank": [*without, *(name for name in here if blank.get(name) == now[name])],
         }
 
     def otcrl_leave(self) -> None:
@@ -151,6 +152,22 @@ def holds(dtype: torch.dtype, sent: str) -> bool:
 
 def module_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
+
+
+def end_broken_load(model: torch.nn.Module) -> None:
+    """What a load that failed has begun is forgotten, and the layers have what they had.
+
+    vLLM would go on with it: without memory for some layers, or with parts of the weights before among the next ones.
+    """
+    layerwise: Any = sys.modules.get("vllm.model_executor.model_loader.reload.layerwise")
+    if layerwise is None:  # nothing was ever loaded that way
+        return
+    for layer in model.modules():
+        info = layerwise.get_layerwise_info(layer)
+        if info.can_load():
+            if info.kernel_tensors is not None:
+                layerwise._place_kernel_tensors(layer, info)
+            info.reset()
 
 
 def repack(model: torch.nn.Module) -> None:

@@ -121,10 +121,7 @@ class WeightsByNCCL:
 
     async def _begin(self, server: Server) -> None:
         """Whatever does not need the others."""
-        remember = "otcrl_remember", WORKERS_SHARE * self._timeout_s
-        if any(await self._fleet.rpc(server, *remember)):
-            await self._end_update(server)
-            await self._fleet.rpc(server, *remember)
+        await self._fleet.rpc(server, "otcrl_remember", WORKERS_SHARE * self._timeout_s)
         answer = await self._fleet.ask(server, "GET", "/get_world_size")
         self._workers[server.url] = answer.json()["world_size"]
         answer = await self._session(server, "/start_weight_update")
@@ -135,13 +132,6 @@ class WeightsByNCCL:
 
     async def _finish(self, server: Server) -> None:
         check(await self._session(server, "/finish_weight_update"))
-
-    async def _end_update(self, server: Server) -> None:
-        """One that has not come to its end: the model is whole again, whatever has arrived."""
-        answer = await self._session(server, "/finish_weight_update")
-        if answer.is_server_error:  # vLLM takes one that failed for ended, and has left parameters without memory
-            await self._session(server, "/start_weight_update")
-            await self._session(server, "/finish_weight_update")
 
     async def _session(self, server: Server, path: str) -> Response:
         """Opens or ends an update, where vLLM has such things (not in 0.20)."""
@@ -206,7 +196,12 @@ class WeightsByNCCL:
             ) from error
         if is_split(self._model):  # the other ranks gather it too, once
             raise EngineError(f"a server was lost in the middle of a broadcast, {error}") from error
-        return await self._fleet.each([server for server in servers if server.is_up], self._end_update)
+
+        async def finish(server: Server) -> None:
+            """Its update ends, if it has not: whatever has arrived is sent again."""
+            await self._session(server, "/finish_weight_update")
+
+        return await self._fleet.each([server for server in servers if server.is_up], finish)
 
     def _end_group(self) -> asyncio.Future[None] | None:
         """On a thread of its own: to destroy it may take as long as what it waits for."""
