@@ -12,13 +12,14 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from otcrl import checkpoint, dist
 from otcrl.algos.mismatch import Correction
 from otcrl.checkpoint import Checkpoint
 from otcrl.compose import OF_FILES, load, to_yaml
-from otcrl.construct import Constructor, check_section, construct, construct_as, locate, wired_parts
+from otcrl.construct import Constructor, check_part, check_section, construct, construct_as, locate, wired_parts
 from otcrl.errors import ConfigError
 from otcrl.experiment import Evaluate, Experiment, cold_start, evaluate, run_experiment, start_tools
 from otcrl.health import Health
@@ -44,6 +45,7 @@ from otcrl.preflight import (
     check_names,
     check_questions,
     check_reward,
+    tell_unread,
 )
 from otcrl.presets import conf_dir
 from otcrl.protocols import Algorithm, Dialect, Engine, RewardFn, Task, Tool
@@ -174,12 +176,15 @@ def run_eval(cfg: Config) -> None:
     if not world.task.held_out():
         raise ConfigError("the task has no evaluation problems: name a file, data=FILE")
     check_evaluation(config, world.task, world.dialect)
+    tell_unread(world.task.held_out(), world.tokenizer)
     parts = {"model": world.model.eval()} if needs_model else {}
     engine = construct(cfg["engine"], "engine", tokenizer=world.tokenizer, **parts)
     collector = build_collector(cfg, world, engine)
-    folder = Path(run or cfg["run_dir"]) / "eval" / (cfg.get("as") or "")
+    folder = Path(cfg["run_dir"]) / "eval" / (cfg.get("as") or "")
     with unwritable(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):  # found out now, not after the evaluation
+            pass
     with Bars(quiet=not dist.is_first()) as bars:
         work = evaluate(collector, world.task, config, folder, bars, to_yaml(dict(cfg)))
         asyncio.run(closing(work, world, engine))
@@ -203,7 +208,9 @@ def trained_model(run: Path, step: str | None) -> Path:
     """The model that training ended with, or the one in the checkpoint of a step. Raises ConfigError without it."""
     if step is None:
         if not (run / "model").is_dir():
-            raise ConfigError(f"run={run} has no model yet: finish it with `otcrl train resume={run}`")
+            saved = [str(checkpoint.step_of(folder)) for folder in checkpoint.complete(run / "checkpoints")]
+            its = f"evaluate a checkpoint, step={saved[-1]} (of {', '.join(saved)}), or " if saved else ""
+            raise ConfigError(f"run={run} has not come to its end: {its}go on with it, `otcrl train resume={run}`")
         return run / "model"
     found = {str(checkpoint.step_of(folder)): folder for folder in checkpoint.complete(run / "checkpoints")}
     if step.lstrip("0") not in found:
@@ -241,6 +248,7 @@ def build_world(cfg: Config, *, weights: bool = True, trains: bool = False) -> W
     logging.disable_progress_bar()  # its bars for loading and saving tear those of the run
     tools: dict[str, Tool] = {}  # filled below: the task shows the tools in prompts, and may bring their corpus
     task = construct(cfg["task"], "task", tools=tools)
+    check_part(task, Task, "task")
     own = [Passage(*row) for row in task.own_corpus()] if hasattr(task, "own_corpus") else []
     for name, section in (cfg["tools"] or {}).items():
         for tool in tools_of(construct(section, f"tools.{name}", passages=own), f"tools.{name}"):
@@ -249,6 +257,7 @@ def build_world(cfg: Config, *, weights: bool = True, trains: bool = False) -> W
             tools[tool.name] = tool
     words = task.words() if hasattr(task, "words") else ()
     dialect = construct(cfg["dialect"], "dialect", tools=tools)
+    check_part(dialect, Dialect, "dialect")
     sft = construct_as(Sft, cfg["sft"], "sft")
     source = construct(cfg["model"], "model")
     dtype = getattr(source, "dtype", "float32")
@@ -284,6 +293,7 @@ def splitting(cfg: Config, dtype: str) -> Callable[[], AbstractContextManager[ob
 def tools_of(built: Any, where: str) -> list[Tool]:
     """The tools that a section describes: itself, or those that a server lists."""
     if not hasattr(built, "tools"):
+        check_part(built, Tool, where)
         return [built]
     try:
         return built.tools()
@@ -365,10 +375,12 @@ def build_run(cfg: Config, world: World, bars: Bars, start: Start, runner: async
     """
     loop = construct_as(Loop, cfg["loop"], "loop")
     algo = construct(cfg["algo"], "algo")
+    check_part(algo, Algorithm, "algo")
     correction = construct_as(Correction, cfg["correction"], "correction")
     check_correction(correction, algo)
     wired = {"correct": world.task.correct, "tool_names": tuple(world.tools), "dialect": world.dialect}
     reward = construct(cfg["reward"], "reward", **wired)
+    check_part(reward, RewardFn, "reward")
     check_reward(reward, algo, world.task, world.dialect, world.tools)
     engine = build_engine(cfg, world)
     collector = build_collector(cfg, world, engine)

@@ -143,7 +143,9 @@ def eval_config(settings: list[str]) -> Config:
     if data:  # what the config says of its own files says nothing of these, unless it is typed beside them
         typed = {override.partition("=")[0].lstrip("+") for override in overrides}
         config["task"] = {k: v for k, v in config["task"].items() if k not in OF_FILES or f"task.{k}" in typed}
+    typed = [override for override in overrides if override.startswith("run_dir=")]
     return config | {
+        "run_dir": config["run_dir"] if typed or run is None else run,  # it may have been moved since
         "run": run,
         "checkpoint": model,
         "data": data,
@@ -187,9 +189,10 @@ def sweep(command: str, settings: list[str], flags: frozenset[str]) -> int:
         kept = sorted(flags - SWEEP.keys())
         code, is_last = in_process([sys.executable, "-m", "otcrl.cli", command, *job, *own, *kept])
         failed += [f"{directory} (exit {code})"] if code else []
-        if is_last:
-            print("otcrl: the sweep ends; the same command goes on with it", file=sys.stderr)
-            return code
+        outcome = f", {len(failed)} failed: {', '.join(failed)}" if failed else ""
+        if is_last and (code or index + 1 < len(jobs)):
+            print(f"otcrl: the sweep ends{outcome}; the same command goes on with it", file=sys.stderr)
+            return code or int(bool(failed))
     outcome = f", {len(failed)} failed: {', '.join(failed)}" if failed else ""
     print(f"otcrl: {len(jobs)} runs, {len(jobs) - len(failed)} done{outcome}", file=sys.stderr)
     return 1 if failed else 0

@@ -40,6 +40,16 @@ def construct(node: Mapping[str, object], where: str, /, **wired: object) -> Any
     return construct_as(locate(node["_target_"], f"{where}._target_"), settings, where, **wired)
 
 
+def check_part(part: object, protocol: type, where: str) -> None:
+    """Raises ConfigError naming what otcrl asks of such a part and it does not have."""
+    asked = [name for name in vars(protocol) if not name.startswith("_") or name == "__call__"]
+    if missing := [name for name in asked if not hasattr(part, name)]:
+        raise ConfigError(
+            f"{where}: {type(part).__name__} has no {', '.join(missing)}, which every {protocol.__name__} has "
+            "(otcrl/protocols.py)"
+        )
+
+
 def construct_as(cls: Constructor[T], node: Mapping[str, object], where: str, /, **wired: object) -> T:
     """The same for a section whose class the code knows, e.g. `construct_as(Rollout, cfg["rollout"], "rollout")`."""
     check_section(node, where)
@@ -166,7 +176,19 @@ def checked(value: object, hint: Any, where: str) -> object:
     try:
         return adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError:
-        raise ConfigError(f"{where} must be {readable(hint)}, got {value!r}.{close(value, hint)}".rstrip(".")) from None
+        why = f"{where} must be {readable(hint)}, got {value!r}.{close(value, hint)}".rstrip(".")
+        raise ConfigError(why + in_brackets(value, adapter)) from None
+
+
+def in_brackets(value: object, adapter: TypeAdapter[Any]) -> str:
+    """What to write where one of a list was given without the list."""
+    if not isinstance(value, str):
+        return ""
+    try:
+        adapter.validate_json(json.dumps([value]), strict=True)
+    except ValidationError:
+        return ""
+    return f": write [{value}]"
 
 
 def readable(hint: object) -> str:

@@ -20,7 +20,7 @@ from otcrl.evaluate.offloading import Offloading, offloading
 from otcrl.evaluate.report import FILE, Report, before_after_table, make_report
 from otcrl.loggers import Loggers
 from otcrl.loggers.jsonl import JsonlLogger
-from otcrl.protocols import Dialect, Task, Tool
+from otcrl.protocols import Dialect, Task, Tokenizer, Tool
 from otcrl.resume import check_tools
 from otcrl.rollout.collect import Collector
 from otcrl.rollout.transcripts import Transcript, Transcripts
@@ -198,7 +198,7 @@ async def evaluate(collector: Collector, task: Task, config: Evaluate, folder: P
     for name, temperature in modes.items():
         found = await measure(collector, task, config, folder / name, bars, temperature)
         if dist.is_first():
-            (folder / name / "config.yaml").write_text(settings)
+            sealed.write_whole(folder / name / "config.yaml", settings)
             console.print(f"[bold]{name}[/] (temperature {temperature:g}), saved in {folder / name}")
             show(found, None)
 
@@ -240,12 +240,26 @@ async def measure(
         difficulty_column=config.difficulty,
     )
     if dist.is_first():
-        found.save(folder)
-        transcripts = Transcripts(path=folder / TRANSCRIPTS, tokenizer=collector.player.tokenizer)
-        transcripts.path.unlink(missing_ok=True)
         told = [
             Transcript(trajectory=t, group=n // samples, sample=n % samples, correct=is_right(t, task.correct))
             for n, t in enumerate(trajectories)
         ]
-        transcripts.write(0, told)
+        try:
+            save(found, told, folder, collector.player.tokenizer)
+        except OSError:  # what was found is not lost with it
+            show(found, None)
+            raise
     return found
+
+
+def save(found: Report, told: Sequence[Transcript], folder: Path, tokenizer: Tokenizer) -> None:
+    """Both in place of an earlier evaluation's, or, where that raises OSError, neither."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = folder / f".writing-{TRANSCRIPTS}"
+    written.unlink(missing_ok=True)
+    try:
+        Transcripts(path=written, tokenizer=tokenizer).write(0, told)
+        found.save(folder)
+        written.replace(folder / TRANSCRIPTS)
+    finally:
+        written.unlink(missing_ok=True)

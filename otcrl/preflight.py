@@ -5,7 +5,7 @@ Each part checks itself when it is made; here is what can only be seen when seve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from otcrl.protocols import (
 from otcrl.rewards.format import FormatReward, fault
 from otcrl.rollout.loop import Player
 from otcrl.sft import Sft, batch
+from otcrl.tell import tell
 from otcrl.train import Loop
 from otcrl.types import Problem
 
@@ -131,13 +132,28 @@ def check_dialect(dialect: Dialect, task: Task, tokenizer: HFTokenizer, tools: M
     openings = (dialect.open_call(tool) for tool in tools)
     for text in (*dialect.stop(tools), *openings, dialect.open_answer()):
         if "".join(text.split()) not in "".join(tokenizer.decode(tokenizer.encode(text)).split()):
-            raise DataError(f"the tokenizer has no tokens for {text!r}, which the dialect needs")
+            raise DataError(
+                f"the tokenizer has no tokens for {text!r}, which the dialect needs: take another model (model=tiny "
+                "knows the task's words() and no others)"
+            )
     try:
         dialect.check(tokenizer, tools)
     except ConfigError as error:
         raise type(error)(f"dialect: {error}") from error
     own = task.held_out() if imitates else []  # with messages of their own
     check_template(dialect, own[0] if own else EXAMPLE, tokenizer, tools)
+
+
+def tell_unread(problems: Sequence[Problem], tokenizer: HFTokenizer) -> None:
+    """Says how many questions the model cannot read, as a model with a token a word cannot read those of others."""
+
+    def letters(text: str) -> str:
+        return "".join(text.split()).lower()
+
+    tried = problems[:MOST_CHECKED]
+    unread = [p for p in tried if letters(tokenizer.decode(tokenizer.encode(p.question))) != letters(p.question)]
+    if unread:
+        tell(f"{len(unread)} of {len(tried)} questions hold what the tokenizer cannot read, as {unread[0].question!r}")
 
 
 def check_template(dialect: Dialect, problem: Problem, tokenizer: HFTokenizer, tools: Mapping[str, Tool]) -> None:

@@ -253,7 +253,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
-    text: str  # what the policy is shown; never empty
+    text: str  # what the policy is shown; "(no result)" for an empty one
     outcome: Outcome = Outcome.OK  # OK or MODEL_ERROR
     cached: bool = False
     price: float = 0.0

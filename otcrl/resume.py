@@ -36,6 +36,7 @@ FREE = (  # settings that change no weight: where, how often and to whom a run t
     *("tools.*.urls", "tools.*.shards", "tools.*.token"),  # what they serve is compared itself: `check_tools`
 )
 MISSING = object()
+WHY = {"loop.steps": ", over which learning rates decay"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ class Start:
                     old.rename(self.folder)
             raise
         if old is not None and dist.is_first():
-            tell(f"{self.folder} held an earlier run, now {old}", sys.stdout)
+            tell(f"{self.folder} held {'an earlier run' if is_run(old) else 'files of no run'}, now {old}", sys.stdout)
 
     def _prepare(self, cfg: Config) -> Path | None:
         if not self.goes_on:
@@ -188,7 +189,7 @@ def changes(old: Config, new: Config) -> list[str]:
     before, after = dict(leaves(old)), dict(leaves(new))
     differing = [key for key in {**before, **after} if before.get(key, MISSING) != after.get(key, MISSING)]
     return [
-        f"{key}: {shown(before.get(key, MISSING))} -> {shown(after.get(key, MISSING))}"
+        f"{key}: {shown(before.get(key, MISSING))} -> {shown(after.get(key, MISSING))}{WHY.get(key, '')}"
         for key in differing
         if not is_free(key, old, new)
     ]
@@ -212,10 +213,9 @@ def check_changes(folder: Path, changed: list[str], cfg: Config) -> None:
     for line in changed:
         tell(f"  {line}")
     if not cfg["resume_changed"]:
-        plural = "s differ" if len(changed) > 1 else " differs"
         raise ConfigError(
-            f"the run in {folder} has another config: the setting{plural} that is shown above. Add resume_changed=true "
-            "to go on with the new one, or resume=never to begin anew (the run that is there is moved aside)"
+            f"the run in {folder} has another config, as shown above. Add resume_changed=true to go on with the new "
+            "one, or begin anew, conf=... resume=never (the run that is there is moved aside)"
         )
     tell(f"the config of {folder} has changed as shown above, and resume_changed=true")
 

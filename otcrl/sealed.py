@@ -121,6 +121,9 @@ def sync(path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """The file's new content, or the one it had."""
     beside = path.with_name(f".writing-{path.name}")
-    beside.write_text(text, encoding="utf-8")
-    sync(beside)
-    beside.replace(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        sync(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

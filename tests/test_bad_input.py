@@ -260,7 +260,9 @@ def test_what_is_no_run_cannot_be_resumed_or_measured(tmp_path: Path, capsys: py
         assert refusal(capsys, *words) == f"{tmp_path} is not a run directory: it has no config.yaml"
     assert cli.main(["train", "--cfg", *ATLAS]) == 0
     (tmp_path / "config.yaml").write_text(capsys.readouterr().out)
-    assert refusal(capsys, "eval", f"run={tmp_path}").startswith(f"run={tmp_path} has no model yet: finish it with")
+    assert refusal(capsys, "eval", f"run={tmp_path}").startswith(
+        f"run={tmp_path} has not come to its end: go on with it, `otcrl train resume={tmp_path}`"
+    )
     assert refusal(capsys, "eval", f"run={tmp_path}", "step=2").startswith(
         f"run={tmp_path} has no checkpoint of step '2'. It has none."
     )

@@ -307,6 +307,18 @@ def test_a_sweep_that_is_asked_to_end_hands_it_on_and_waits(tmp_path: Path):
     assert process.stdout.read() == "saved\n(3, True)\n"
 
 
+def test_a_sweep_that_ends_early_says_what_had_failed(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The run that was asked to end did so well; one before it had not."""
+    codes = iter([(1, False), (0, True)])
+    monkeypatch.setattr(cli, "in_process", lambda command: next(codes))
+    assert cli.main(["train", "-m", f"conf={demo}", "seed=0,1,2"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("otcrl: the sweep ends, 1 failed: ")
+    assert last.endswith("/0 (exit 1); the same command goes on with it")
+
+
 def test_parts_of_ones_own_are_found_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "my dir é #%20"
     (folder / "reward").mkdir(parents=True)

@@ -14,9 +14,10 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from otcrl.construct import construct, construct_as, locate, settings_of, wired_parts
+from otcrl.construct import check_part, construct, construct_as, locate, settings_of, wired_parts
 from otcrl.errors import ConfigError, DataError
 from otcrl.presets import conf_dir, presets
+from otcrl.protocols import RewardFn
 from otcrl.rewards.otc import OTCReward
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def test_values_arrive_as_their_annotation_says():
             "reward.weighting must be 'token' or 'sequence', got 'tokens'. Did you mean 'token'?",
         ),
         ({"alpha": 1, "folder": 3}, "reward.folder must be Path | None, got 3"),
+        ({"alpha": 1, "tags": "a.b"}, "reward.tags must be tuple[str, ...], got 'a.b': write [a.b]"),
         ({"alhpa": 1}, "reward.alhpa is not a setting of Prize. Did you mean 'alpha'?"),
         ({}, "reward.alpha is missing; Prize needs it"),
         ({"alpha": -1}, "reward: alpha must not be negative, got -1.0"),
@@ -246,3 +248,14 @@ def test_a_part_that_is_a_protocol_may_be_null_but_no_plain_value():
     assert construct_as(Talk, {"speaker": None}, "talk") == Talk()
     with pytest.raises(ConfigError, match=r"talk\.speaker must be a section with a _target_, got 'loud'"):
         construct_as(Talk, {"speaker": "loud"}, "talk")
+
+
+def test_a_part_of_ones_own_that_lacks_what_is_asked_of_it_is_told_what():
+    class Mine:
+        needs_groups = False
+
+        def state_dict(self) -> dict[str, float]:
+            return {}
+
+    with pytest.raises(ConfigError, match="reward: Mine has no __call__, load_state_dict, which every RewardFn has"):
+        check_part(Mine(), RewardFn, "reward")

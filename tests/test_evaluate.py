@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import json
 from collections.abc import Sequence
@@ -15,11 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from otcrl import sealed
 from otcrl.errors import ConfigError, DataError
 from otcrl.evaluate.metrics import Estimate, by_source, ratios, summarize
 from otcrl.evaluate.offloading import Offloading, compare_passes, offloading
 from otcrl.evaluate.report import Report, before_after_table, make_report
+from otcrl.experiment import save
+from otcrl.models.tiny import word_tokenizer
 from otcrl.rewards.matching import exact_match
+from otcrl.rollout.transcripts import Transcript
 from otcrl.types import Outcome, Problem, Stop, ToolCall, Trajectory
 
 OK, FAILED, INVALID, OVER = Outcome.OK, Outcome.MODEL_ERROR, Outcome.INVALID, Outcome.OVER_BUDGET
@@ -297,12 +302,31 @@ def test_a_report_survives_saving(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["sources"]["hotpotqa"]["tp"] == {"value": None, "low": None, "high": None}
 
 
+def test_what_cannot_be_saved_leaves_the_evaluation_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk once left half a report, and the run could be neither shown nor compared any more."""
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    report, told = make_report(two_sources(), correct), [Transcript(trajectory=t, group=0) for t in two_sources()]
+    tokenizer = word_tokenizer(["a"])
+    save(report, told, tmp_path, tokenizer)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert before.keys() == {"report.json", "transcripts.jsonl"}
+    monkeypatch.setattr(sealed, "sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(make_report(two_sources()[:1], correct), told[:1], tmp_path, tokenizer)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_folder_without_a_report_says_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no report\.json"):
         Report.load(tmp_path)
     for content in ("{", '{"overall": {}}', "[]"):
         (tmp_path / "report.json").write_text(content)
-        with pytest.raises(DataError, match=r"report\.json"):
+        with pytest.raises(DataError, match=r"report\.json cannot be read: .* Evaluate again, or remove it"):
             Report.load(tmp_path)
 
 

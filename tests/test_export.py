@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from otcrl import checkpoint, cli
+from otcrl import build, checkpoint, cli
 from otcrl.sealed import seal
 from tests.test_bad_input import ATLAS, refusal
 from tests.test_learner import grpo, make_learner
@@ -124,6 +125,39 @@ def test_a_run_with_adapters_leaves_a_plain_model(tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(before.get_parameter(name), after.get_parameter(name))
     assert cli.main(["eval", f"run={folder}"]) == 0
+
+
+def test_an_evaluation_goes_where_it_is_told_to_and_is_refused_before_it_begins_where_nothing_can_be_written(
+    run, tmp_path, capsys, monkeypatch
+):
+    assert cli.main(["eval", f"run={run}", f"run_dir={tmp_path / 'elsewhere'}", "as=mine"]) == 0
+    assert (tmp_path / "elsewhere/eval/mine/greedy/report.json").is_file()
+    assert not (run / "eval/mine").exists()
+    moved = shutil.copytree(run, tmp_path / "moved")
+    monkeypatch.setattr(build, "evaluate", lambda *given: pytest.fail("it begins"))
+    monkeypatch.setattr(build, "TemporaryFile", refuse)
+    assert refusal(capsys, "eval", f"run={moved}") == f"run_dir: cannot write in {moved}/eval: Read-only file system"
+
+
+def refuse(dir: Path) -> None:
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
+def test_questions_that_a_model_cannot_read_are_counted(run, tmp_path, capsys):
+    """One with a token a word can only answer wrong there; nothing else would say why."""
+    (tmp_path / "toy.jsonl").write_text(json.dumps({"id": "1", "question": "Quo vadis?", "answers": ["Roma"]}))
+    assert cli.main(["eval", f"run={run}", f"data={tmp_path / 'toy.jsonl'}", "tools=none", "as=toy"]) == 0
+    assert "otcrl: 1 of 1 questions hold what the tokenizer cannot read, as 'Quo vadis?'" in capsys.readouterr().err
+    assert cli.main(["eval", f"run={run}", "as=own"]) == 0
+    assert "cannot read" not in capsys.readouterr().err
+
+
+def test_of_a_run_that_has_not_ended_a_checkpoint_can_be_evaluated(run, tmp_path, capsys):
+    stopped = shutil.copytree(run, tmp_path / "stopped")
+    shutil.rmtree(stopped / "model")
+    kept = sorted(int(path.name[-6:]) for path in run.glob("checkpoints/step-*"))
+    expected = f"evaluate a checkpoint, step=4 (of {', '.join(map(str, kept))}), or go on with it"
+    assert expected in refusal(capsys, "eval", f"run={stopped}")
 
 
 def test_what_cannot_be_exported_is_one_line(run, tmp_path, capsys):

@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from otcrl import cli
+from otcrl.cli import run_config
 from otcrl.errors import ConfigError, DataError
 from otcrl.learner.torch_backend import TorchBackend
 from otcrl.models.critic import Critic, SharedCritic
 from otcrl.plan import activations, memory, states
 from otcrl.plan.changes import applied, is_possible, obstacle, proposal
 from otcrl.plan.gpus import GIB, GPUS, find_gpu
-from otcrl.plan.read import read_settings
+from otcrl.plan.read import read_settings, read_work
 from otcrl.plan.shapes import KNOWN, Shape, find_shape, llama, qwen2
 from tests.plans import LARGE, job
 from tests.test_learner import grpo, make_learner, ppo, random_batch
@@ -433,3 +434,11 @@ def test_the_quickstart_fits_on_this_machine(capsys: pytest.CaptureFixture[str])
 
 def test_settings_are_numbers_where_numbers_are_meant():
     assert read_settings({"gpus": "8", "price": "2.5", "gpu": "h200"}).price == 2.5
+
+
+def test_a_trajectory_is_as_long_as_the_engine_lets_it_be():
+    """The quickstart's engine takes 128 tokens, and its prompts are shorter than those of real tasks."""
+    work = read_work(run_config(["conf=quickstart"]), read_settings({"gpu": "cpu"}))
+    assert work.longest == 128
+    assert work.tokens <= 128
+    assert (work.prompt, work.max_tokens) == (64, 64)

@@ -295,7 +295,7 @@ def test_a_wrong_field_is_named_with_file_row_and_what_was_found(tmp_path: Path,
     with pytest.raises(DataError) as caught:
         read_problems(str(path), reader=reader)
     assert str(caught.value).startswith(f"{path}, row 2: {why}")
-    assert "(skip_bad_rows=true goes on without such rows)" in str(caught.value)
+    assert "([task.]skip_bad_rows=true goes on without such rows)" in str(caught.value)
     assert len(read_problems(str(path), reader=reader, skip_bad_rows=True)) == 1
 
 

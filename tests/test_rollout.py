@@ -12,7 +12,7 @@ from torch import Tensor
 
 from otcrl.dialects.prompting import Prompting
 from otcrl.dialects.search_r1 import SearchR1
-from otcrl.errors import DataError, EngineError, ToolUnavailable
+from otcrl.errors import DataError, EngineError, ToolUnavailable, TrainingError
 from otcrl.models.tiny import word_tokenizer
 from otcrl.protocols import Action, Call, Calls, Completion, Malformed, Nothing, Tool, ToolResult
 from otcrl.rewards.format import FormatReward
@@ -104,6 +104,32 @@ def test_half_a_surrogate_pair_in_a_result_ends_no_run():
     t = play(Script(CALL, ANSWER), Search(result="b \ud83d"))
     assert t.tool_calls[0].result == "b ?"
     assert t.stop is Stop.ANSWERED
+
+
+def test_a_tool_that_says_nothing_is_shown_to_have_said_nothing():
+    t = play(Script(CALL, ANSWER), Search(result=""))
+    assert t.tool_calls[0].result == "(no result)"
+
+
+class Plain(Search):
+    def run(self, arguments: str, session: str) -> Any:
+        return "b"
+
+
+class Silent(Search):
+    async def run(self, arguments: str, session: str) -> Any: ...
+
+
+@pytest.mark.parametrize(
+    ("tool", "why"),
+    [
+        (Plain(), "Plain.run must be `async def`, and it returned 'b'"),
+        (Silent(), "Silent.run must return a ToolResult, and it returned None"),
+    ],
+)
+def test_a_tool_that_returns_something_else_is_named(tool, why):
+    with pytest.raises(TrainingError, match=f"tools: {why}"):
+        play(Script(CALL, ANSWER), tool)
 
 
 class LastBox(SearchR1):

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -244,6 +245,25 @@ class Right:
 
 DOWN = trajectory(outcomes=(Outcome.INFRA_ERROR,), stop=Stop.VOID)
 EMPTY = replace(trajectory(stop=Stop.MAX_TOKENS), action_mask=[False, False])
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (0.5, "must return a list for each of 1 groups, got 0.5"),
+        ([Reward(1.0)], "must return a Reward for each of 1 trajectories, got Reward"),
+        ([[]], r"must return a Reward for each of 1 trajectories, got \[\]"),
+        ([[1.0]], r"must return Rewards, Reward\(1.0\), got 1.0"),
+        ([[Reward(cast(float, None))]], r"must give a number, got Reward\(None\)"),
+    ],
+)
+def test_a_reward_that_returns_something_else_is_named(given, why):
+    class Own(Right):
+        def __call__(self, trajectories_PG: object) -> Any:
+            return given
+
+    with pytest.raises(TrainingError, match=f"reward: Own {why}"):
+        score(Own(), [played(0, trajectory())])
 
 
 def test_void_trajectories_leave_the_group_and_its_statistics():

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from otcrl import sealed
 from otcrl.errors import DataError
 from otcrl.evaluate.attempts import Attempt, Correct, attempt, difficulty
 from otcrl.evaluate.metrics import Average, Estimate, Summary, average, figures
@@ -145,10 +146,10 @@ class Report:
             raise DataError(f"not an evaluation report of this version of otcrl: {error}") from error
 
     def save(self, folder: Path | str) -> Path:
-        """Write `report.json` in the folder, which is made if need be; the file's path."""
+        """Write `report.json` in the folder, which is made if need be; the file's path. An earlier one goes last."""
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        sealed.write_whole(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
         return path
 
     @staticmethod
@@ -160,7 +161,7 @@ class Report:
         try:
             return Report.from_json(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:  # bad JSON, or JSON that is no report
-            raise DataError(f"{path}: {error}") from error
+            raise DataError(f"{path} cannot be read: {error}. Evaluate again, or remove it") from error
 
 
 def make_report(

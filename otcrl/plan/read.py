@@ -207,20 +207,23 @@ def read_sampling(config: Config, settings: Settings, training: Training) -> Sam
 def read_work(config: Config, settings: Settings) -> Work:
     rollout, loop = config["rollout"], config["loop"]
     limits, schedule = rollout["limits"], rollout.get("schedule") or {}
+    context = config["engine"]["context"]  # which ends a trajectory too
+    prompt = min(settings.prompt_tokens, max(context - limits["max_tokens"], context / 2))
+    most = min(limits["max_tokens"], int(context - prompt))
     calls = first(settings.calls, limits["max_calls"] / 2)
-    results = min(calls * limits["max_observation_tokens"], limits["max_tokens"] / 4)
+    results = min(calls * limits["max_observation_tokens"], most / 4)
     observed = first(settings.observed_tokens, results)
-    sampled = first(settings.sampled_tokens, max(limits["max_tokens"] / 2 - observed, 1.0))
+    sampled = first(settings.sampled_tokens, max(most / 2 - observed, 1.0))
     return Work(
         problems=round(loop["problems_per_step"] * schedule.get("oversample", 1.0)),
         group=rollout["group_size"],
         concurrency=rollout["concurrency"],
-        prompt=settings.prompt_tokens,
+        prompt=prompt,
         sampled=sampled,
         observed=observed,
         calls=calls,
         tool_s=settings.tool_s,
-        max_tokens=limits["max_tokens"],
+        max_tokens=most,
         max_calls=limits["max_calls"],
         ahead=schedule.get("ahead", 0) > 0,
     )

@@ -7,12 +7,13 @@ never re-encoded, so the trainer sees exactly the tokens the policy sampled.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from otcrl.errors import DataError, ToolUnavailable
+from otcrl.errors import DataError, ToolUnavailable, TrainingError
 from otcrl.protocols import (
     Answer,
     Call,
@@ -32,6 +33,7 @@ from otcrl.rollout.pace import paced
 from otcrl.types import Metrics, Outcome, Problem, Stop, ToolCall, Trajectory
 
 First = Literal["nearly_done", "least_done"]
+NOTHING = "(no result)"  # what the policy is shown where a tool says nothing
 MOST_MALFORMED = 4  # calls of one turn, each of which is answered
 ORDERS: Mapping[str, int] = {"nearly_done": -1, "least_done": 1}  # a lower priority goes first
 
@@ -346,13 +348,24 @@ async def run_call(tool: Tool, arguments: str, session: str, timeout_s: float) -
     begun = time.monotonic()
     try:
         async with asyncio.timeout(timeout_s):
-            result = await tool.run(arguments, session)
+            result = await answer_of(tool, arguments, session)
     except ToolUnavailable as error:
         result = ToolResult(str(error), Outcome.INFRA_ERROR)
     except TimeoutError:
         result = ToolResult(f"{tool.name} did not answer within {timeout_s} s", Outcome.INFRA_ERROR)
-    text = result.text.encode(errors="replace").decode()  # half a surrogate pair is no text that has tokens
+    text = (result.text or NOTHING).encode(errors="replace").decode()  # half a surrogate pair is no text with tokens
     return ToolCall(tool.name, arguments, text, result.outcome, time.monotonic() - begun, result.price, result.cached)
+
+
+async def answer_of(tool: Tool, arguments: str, session: str) -> ToolResult:
+    """Raises TrainingError for what is none: a tool may be anybody's code."""
+    running: object = tool.run(arguments, session)
+    if not inspect.isawaitable(running):
+        raise TrainingError(f"tools: {type(tool).__name__}.run must be `async def`, and it returned {running!r}")
+    result = await running
+    if not isinstance(result, ToolResult):
+        raise TrainingError(f"tools: {type(tool).__name__}.run must return a ToolResult, and it returned {result!r}")
+    return result
 
 
 async def to_its_end(work: Coroutine[Any, Any, None]) -> None:

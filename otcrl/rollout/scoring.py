@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -34,9 +35,42 @@ def score_alike(reward: RewardFn, groups: Sequence[Group]) -> None:
 def score(reward: RewardFn, groups: Sequence[Group]) -> None:
     """Gives every trajectory that counts its reward. Groups are scored together: they may be compared."""
     counted_PG = [counted(group) for group in groups]
-    rewards = iter(reward([own for own in counted_PG if own]))
+    asked = [own for own in counted_PG if own]
+    given = reward(asked)
+    check_rewards(given, asked, type(reward).__name__)
+    rewards = iter(given)
     for group, own in zip(groups, counted_PG, strict=True):
         group.scored = list(zip(own, next(rewards), strict=True)) if own else []
+
+
+def check_rewards(given: object, asked: Sequence[Sequence[Trajectory]], name: str) -> None:
+    """Raises TrainingError for what is no number for each trajectory: a reward may be anybody's code."""
+    if not isinstance(given, Sequence) or len(given) != len(asked):
+        raise TrainingError(f"reward: {name} must return a list for each of {len(asked)} groups, got {short(given)}")
+    for rewards, group in zip(given, asked, strict=True):
+        if not isinstance(rewards, Sequence) or len(rewards) != len(group):
+            raise TrainingError(
+                f"reward: {name} must return a Reward for each of {len(group)} trajectories, got {short(rewards)}"
+            )
+        for reward in rewards:
+            if not isinstance(reward, Reward):
+                raise TrainingError(f"reward: {name} must return Rewards, Reward(1.0), got {short(reward)}")
+            if not is_number(reward.value):
+                raise TrainingError(f"reward: {name} must give a number, got Reward({reward.value!r})")
+
+
+def is_number(value: object) -> bool:
+    """One that is not finite is passed on: the learner skips what comes of it, as often as it may."""
+    try:
+        math.isfinite(value)  # pyright: ignore[reportArgumentType]  numbers of numpy and torch too
+    except TypeError:
+        return False
+    return True
+
+
+def short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
 
 
 def counted(group: Group) -> list[Trajectory]:

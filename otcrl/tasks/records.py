@@ -82,7 +82,7 @@ def records(
                 if chosen is not None and (others := fitting(row)):
                     why += f". Reader {others[0]!r} would fit"
                 if not skip_bad_rows:
-                    hint = "" if chosen is None else " (skip_bad_rows=true goes on without such rows)"
+                    hint = "" if chosen is None else " ([task.]skip_bad_rows=true goes on without such rows)"
                     raise DataError(f"{where}: {why}{hint}") from error
                 bad.append(f"{where}: {why}")
                 continue

@@ -49,7 +49,7 @@ def read_traces(source: str, skip_bad_rows: bool = False) -> list[Trace]:
         except Wrong as error:
             bad.append(f"{source}, row {number}: {error}")
             if not skip_bad_rows:
-                raise DataError(f"{bad[0]} (skip_bad_rows=true goes on without such rows)") from error
+                raise DataError(f"{bad[0]} ([task.]skip_bad_rows=true goes on without such rows)") from error
     if bad:
         log.warning("%s: %d of %d traces left out, the first: %s", source, len(bad), number, bad[0])
     if not found:

@@ -100,7 +100,8 @@ class SearchTool:
             raise ConfigError("corpus and passages exclude each other: name files, or let the task bring its own")
         if not self.corpus and not self.passages and self.index is None:
             raise ConfigError(
-                "corpus is empty, there is no index, no urls, and the task brings no passages: nothing to search in"
+                "corpus is empty, there is no index, no urls, and the task brings no passages: nothing to search in. "
+                "Name files, tools.search.corpus=[FILE], or leave search out, tools=none"
             )
         if self.encoder is None and self.index is None:
             raise ConfigError("encoder is null, and without an index or urls nothing says how to find passages")
