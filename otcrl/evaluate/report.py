@@ -146,7 +146,10 @@ class Report:
             raise DataError(f"not an evaluation report of this version of otcrl: {error}") from error
 
     def save(self, folder: Path | str) -> Path:
-        """Write `report.json` in the folder, which is made if need be; the file's path. An earlier one goes last."""
+        """Write `report.json` in the folder, which is made if need be; the file's path.
+
+        An earlier one is there until this one is whole.
+        """
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         sealed.write_whole(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
