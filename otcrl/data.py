@@ -9,7 +9,7 @@ import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from itertools import islice
 from operator import itemgetter
@@ -59,10 +59,15 @@ def run(words: Sequence[str]) -> int:
     for name in names:
         known = CATALOGUE[name]
         splits = local(Path(place)) if place is not None else downloaded(name, known)
-        written = write(
-            name, settings.get("reader", known.reader), splits, Path(settings["out"]) / name,
-            limit=int(limit) if limit else None, seed=int(seed) if seed else None, skip_bad_rows=skip == "true",
-        )  # fmt: skip
+        folder = Path(settings["out"]) / name
+        try:
+            written = write(
+                name, settings.get("reader", known.reader), splits, folder,
+                limit=int(limit) if limit else None, seed=int(seed) if seed else None, skip_bad_rows=skip == "true",
+            )  # fmt: skip
+        finally:
+            with suppress(OSError):
+                folder.rmdir()  # only of one that is empty: nothing came of it
         for path, count in written.items():
             print(f"otcrl: wrote {path}: {count} {'passages' if path.name.startswith('corpus') else 'questions'}")
     return 0

@@ -268,6 +268,12 @@ def test_to_skip_bad_rows_is_not_to_leave_out_a_file_that_is_damaged(tmp_path: P
     assert "train.jsonl.gz is not a whole gzip file" in why
 
 
+def test_a_file_that_is_not_there_leaves_no_folder_behind(tmp_path: Path, capsys):
+    why = refusal(capsys, "data", "gsm8k", f"from={tmp_path / 'away/test.jsonl'}", f"out={tmp_path / 'out'}")
+    assert f"There is no directory {tmp_path / 'away'} either; {tmp_path} exists (otcrl data NAME out=DIR" in why
+    assert not (tmp_path / "out/gsm8k").exists()
+
+
 def test_bad_rows_are_told_also_where_the_first_good_ones_are_enough(tmp_path: Path, caplog):
     bad = {"question": "Who?", "answer": "nobody"}
     source = write_rows(tmp_path / "test.jsonl", [ROWS["gsm8k"][0], bad, ROWS["gsm8k"][0], bad])
@@ -280,7 +286,7 @@ def test_bad_rows_are_told_also_where_the_first_good_ones_are_enough(tmp_path: P
 def test_a_file_that_breaks_off_leaves_no_half_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     source = write_rows(tmp_path / "test.jsonl", [ROWS["gsm8k"][0], {"question": "Who?", "answer": "nobody"}])
     assert "row 2: answer must be a solution" in refusal(capsys, "data", "gsm8k", f"from={source}", f"out={tmp_path}")
-    assert list((tmp_path / "gsm8k").iterdir()) == []
+    assert not (tmp_path / "gsm8k").exists()
     assert cli.main(["data", "gsm8k", f"from={source}", f"out={tmp_path}", "skip_bad_rows=true"]) == 0
     assert len(rows(tmp_path / "gsm8k" / "test.jsonl.gz")) == 1
 

@@ -208,7 +208,8 @@ def _names_beside(path: Path) -> str:
     if path.parent.is_dir():
         return nearest(path.name, (p.name for p in path.parent.iterdir())) or f" {path.parent} is empty."
     existing = next(parent for parent in path.absolute().parents if parent.is_dir())
-    return f" There is no directory {path.parent} either; {existing} exists."
+    hint = "otcrl data NAME out=DIR writes published sets"
+    return f" There is no directory {path.parent} either; {existing} exists ({hint})."
 
 
 def _json_list(path: Path) -> Iterator[object]:
