@@ -140,12 +140,11 @@ def eval_config(settings: list[str]) -> Config:
         overrides, model = [*overrides, f"model={model}"], None
     config = compose(overrides, preset=find_preset(conf) if conf else None, run=Path(run) if run else None)
     data = [item for item in named.get("data", "").split(",") if item]
+    typed = {override.partition("=")[0].lstrip("+") for override in overrides}
     if data:  # what the config says of its own files says nothing of these, unless it is typed beside them
-        typed = {override.partition("=")[0].lstrip("+") for override in overrides}
         config["task"] = {k: v for k, v in config["task"].items() if k not in OF_FILES or f"task.{k}" in typed}
-    typed = [override for override in overrides if override.startswith("run_dir=")]
     return config | {
-        "run_dir": config["run_dir"] if typed or run is None else run,  # it may have been moved since
+        "run_dir": config["run_dir"] if "run_dir" in typed or run is None else run,  # it may have been moved since
         "run": run,
         "checkpoint": model,
         "data": data,

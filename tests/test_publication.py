@@ -260,6 +260,15 @@ def test_a_value_that_vllm_has_made_up_may_be_the_true_one(learner, publisher):
         deliver(publisher.prepare(learner.named_parameters(), 0), keeping)
 
 
+def test_a_made_up_parameter_of_one_byte_that_was_never_taken_is_named_too(learner, publisher):
+    name = "model.layers.1.self_attn.o_proj.weight"
+    here = Worker(load_format="dummy", keep=name)
+    narrow = here.model_runner.model.get_parameter(name)
+    narrow.data = narrow.data.to(torch.float8_e4m3fn)
+    with pytest.raises(EngineError, match=f"worker 0 has not taken {name.replace('.', '[.]')}: vLLM has no value"):
+        deliver(publisher.prepare(learner.named_parameters(), 0), here)
+
+
 def test_a_parameter_that_the_learner_did_not_change_may_stay(learner, publisher):
     here = Worker()
     deliver(publisher.prepare(learner.named_parameters(), 0), here)

@@ -66,8 +66,10 @@ class Receiver:
         end_broken_load(self.model_runner.get_model())
         if self._otcrl_blank is None:
             self._otcrl_blank = {}
-            if self.vllm_config.load_config.load_format == "dummy":  # what vLLM makes up may be true: norms begin as 1
-                self.otcrl_forget()
+            if self.vllm_config.load_config.load_format == "dummy":
+                made_up = {name: fingerprint(parameter) for name, parameter in self._otcrl_parameters()}
+                self.otcrl_forget()  # what is made up may be the true value: norms begin as 1
+                self._otcrl_blank = made_up | self._otcrl_blank  # in a byte, it stays
         self._otcrl_before = {name: fingerprint(parameter) for name, parameter in self._otcrl_parameters()}
         if limit_s is not None:
             self._otcrl_limit.cancel()
